@@ -1,0 +1,1895 @@
+"""3DGP: a 3D GAN for any category, learned from unposed photographs. The whole method in this one file.
+
+Run it:
+    python 3dgp.py                                    # the `shapes` data on a CPU or one GPU; downloads nothing
+    python 3dgp.py --data photos/ --depth none        # your own pictures, no depth estimate
+    torchrun --nproc_per_node=8 3dgp.py --data imagenet
+    python 3dgp.py --help                             # every option, with its default
+
+Method: Skorokhodov et al., "3D generation on ImageNet", ICLR 2023. Sections, in the paper's order:
+    config, data, ops, camera, rendering, generator, discriminator, losses, metrics, training, sampling, main.
+One sample's way from z to loss: `synthesize` (generator) -> `Discriminator` -> `train` (training).
+
+Shapes in comments: B batch, P patch resolution, T tri-plane resolution, C tri-plane features, N points, R rays,
+S samples on a ray. Images are float in [-1, 1], depth in world units, angles in radians except fov (degrees).
+"""
+import argparse
+import contextlib
+import dataclasses
+import io
+import json
+import math
+import os
+import signal
+import sys
+import time
+import typing
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+
+class UserError(Exception):
+    """A mistake the user can mend. `main` prints it as one line and exits with status 2."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Config: one dataclass is the command line, its help and the record in config.json
+
+def opt(default, help: str, *choices):
+    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices or None))
+
+
+@dataclasses.dataclass
+class Config:
+    """Every hyperparameter. Defaults are the published ones at 256²; PRESETS and DATA_PRESETS override them.
+
+    Schedules are in kimg (thousands of real images shown), counted from the start of the run.
+    """
+    # what to train on, and where to write
+    data: str = opt("shapes", "shapes, imagenet, dogs, elephants, horses, or a folder or zip of images")
+    out: str = opt("", "run folder (empty: runs/<data>, numbered when that is taken)")
+    preset: str = opt("", "model size (empty: the one that suits --data)", "tiny", "small", "base", "imagenet")
+    resume: str = opt("", "'latest' (of --out), or the path of a checkpoint")
+    seed: int = opt(0, "all draws of a run are a function of this and the step")
+    device: str = opt("auto", "auto takes the GPU if there is one", "auto", "cuda", "cpu")
+    workers: int = opt(4, "data loading processes per training process (0: load in the training process)")
+    mirror: bool = opt(True, "horizontal flips double the data")
+    depth: str = opt("auto", "auto: files beside the images; none: train on RGB alone", "auto", "none")
+    depth_distortion: float = opt(1.0, "shapes only: how wrong the 'estimated' depth is (0: a copy of the true depth)")
+    # sizes (the first two are set from the data and the teacher)
+    num_classes: int = opt(0, "number of classes (0: none)")
+    teacher_dim: int = opt(0, "size of the teacher's features (0: no distillation head)")
+    resolution: int = opt(256, "image resolution")
+    patch_resolution: int = opt(64, "patch resolution: what is rendered and what the discriminator sees")
+    triplane_resolution: int = opt(512, "tri-plane resolution T")
+    triplane_features: int = opt(32, "features per plane C")
+    channel_base: int = opt(32768, "channels at resolution r are min(channel_base / r, channel_max)")
+    channel_max: int = opt(512, "see channel_base")
+    adaptor_channels: int = opt(64, "channels of the depth adaptor")
+    z_dim: int = opt(512, "size of z")
+    w_dim: int = opt(512, "size of w")
+    coarse_samples: int = opt(32, "stratified samples on a ray")
+    fine_samples: int = opt(32, "importance samples on a ray")
+    # camera: the prior's ranges (yaw and pitch in radians, fov in degrees), the bounds of a ray, the tri-plane box
+    camera: str = opt("learned", "camera distribution", "learned", "prior", "frontal")
+    prior_yaw: tuple[float, float] = opt((-1.57, 1.57), "prior range of yaw")
+    prior_pitch: tuple[float, float] = opt((math.pi / 4, 3 * math.pi / 4), "prior range of pitch (pi/2: the horizon)")
+    prior_fov: tuple[float, float] = opt((10.0, 45.0), "prior range of the field of view")
+    prior_look_at: tuple[float, float] = opt((0.0, 0.2), "prior range of the look-at point's radius")
+    near: float = opt(0.75, "where rays begin")
+    far: float = opt(1.25, "where rays end")
+    box: float = opt(0.5, "half size of the tri-plane box")
+    # camera generator
+    camera_reg: str = opt("emd", "keeps the camera posterior from collapsing", "emd", "grad", "none")
+    camera_reg_weights: tuple[float, float, float, float] = opt(
+        (2.0, 2.0, 1e-4, 1e-4), "weights of the camera regulariser: yaw, pitch, fov, look-at")
+    camera_reg_units: str = opt("natural", "unit of the EMD: radians and degrees, or shares of the prior's range",
+                                "natural", "range")
+    camera_reg_kimg: float = opt(10_000, "the camera regulariser's weight grows from 0 to full over this")
+    camera_center: float = opt(10.0, "weight of the distance between the mean posterior direction and the prior's")
+    camera_lr_mult: float = opt(0.1, "learning-rate multiplier of the camera generator")
+    # depth adaptor
+    depth_adaptor: str = opt("random", "which candidate the discriminator sees: drawn by schedule; the raw depth; "
+                             "raw or last, a coin toss; the last", "random", "never", "half", "always")
+    adaptor_kimg: float = opt(10_000, "share of un-adapted depth falls from 1/4 to 0.1 over this (random)")
+    # distillation
+    teacher: str = opt("none", "frozen classifier to distil: a timm name, or none (shapes: none; published: resnet50)")
+    teacher_weights: str = opt("", "local file with the teacher's weights (empty: timm downloads them)")
+    kd_weight: float = opt(1.0, "initial weight of the distillation")
+    kd_kimg: float = opt(100_000, "the distillation's weight falls to 0 over this")
+    # patches, blur, noise
+    patch_beta: tuple[float, float] = opt((0.001, 0.8), "b of the patch scale's Beta(1, b): at the start, in the end")
+    patch_kimg: float = opt(10_000, "b grows over this")
+    blur_sigma: float = opt(10.0, "blur of everything the discriminator sees at the start, in pixels")
+    blur_kimg: float = opt(200, "the blur falls to 0 over this")
+    density_noise: float = opt(1.0, "standard deviation of the noise on densities at the start")
+    density_noise_kimg: float = opt(5_000, "the density noise falls to 0 over this")
+    # optimisation
+    kimg: float = opt(25_000, "length of the run in thousands of images")
+    batch_size: int = opt(64, "images per step, over all processes")
+    batch_gpu: int = opt(8, "images per forward pass: a multiple of 4; the rest of a process's share is accumulated")
+    g_lr: float = opt(0.0025, "generator's learning rate")
+    d_lr: float = opt(0.002, "discriminator's learning rate")
+    r1_gamma: float = opt(0.05, "weight of R1")
+    r1_interval: int = opt(16, "R1 is computed every so many steps")
+    ema_kimg: float = opt(20, "half life of the generator's moving average")
+    ema_rampup: float = opt(0.05, "the half life is at most this share of the images seen")
+    precision: str = opt("tf32", "arithmetic of convolutions and matrix products; on CPUs tf32 is fp32",
+                         "fp32", "tf32", "bf16")
+    # output
+    snapshot_kimg: float = opt(200, "write checkpoint and samples, and measure, every so many kimg")
+    log_kimg: float = opt(4, "write a line of log.jsonl every so many kimg")
+    eval_images: int = opt(2048, "images on each side of the distances logged at snapshots (0: none)")
+
+
+# Model sizes. tiny and small are short runs, so their schedules are short, and their camera regulariser counts in
+# shares of the prior's ranges: with the published units a short run leaves the field of view stuck at its upper end.
+SHORT = dict(camera_reg_units="range", camera_reg_weights=(20.0, 10.0, 20.0, 2.0), camera_lr_mult=1.0)
+PRESETS = {
+    "tiny": dict(resolution=32, patch_resolution=32, triplane_resolution=32, triplane_features=16, channel_base=1024,
+                 channel_max=64, adaptor_channels=16, z_dim=64, w_dim=64, coarse_samples=8, fine_samples=8,
+                 batch_size=16, batch_gpu=16, kimg=18, r1_gamma=0.5, ema_kimg=0.5, density_noise_kimg=4, adaptor_kimg=7,
+                 camera_reg_kimg=5, patch_kimg=7, blur_sigma=2.0, blur_kimg=1, snapshot_kimg=3, log_kimg=0.25,
+                 eval_images=1024, workers=1, **SHORT),
+    "small": dict(resolution=64, patch_resolution=64, triplane_resolution=128, triplane_features=32, channel_base=8192,
+                  channel_max=256, z_dim=128, w_dim=128, coarse_samples=24, fine_samples=24, batch_size=32,
+                  batch_gpu=32, kimg=400, r1_gamma=0.5, ema_kimg=4, density_noise_kimg=80, adaptor_kimg=160,
+                  camera_reg_kimg=120, patch_kimg=160, blur_sigma=4.0, blur_kimg=10, snapshot_kimg=25, log_kimg=1,
+                  **SHORT),
+    "base": dict(),
+    "imagenet": dict(channel_base=65536, channel_max=1024),
+}
+# What goes with the published data sets. The small ones have a faster camera schedule.
+DATA_PRESETS = {
+    "shapes": dict(preset="tiny"),
+    "imagenet": dict(preset="imagenet", teacher="resnet50"),
+    "dogs": dict(preset="base", teacher="resnet50", camera_reg_kimg=3_000),
+    "elephants": dict(preset="base", teacher="resnet50", camera_reg_kimg=3_000),
+    "horses": dict(preset="base", teacher="resnet50", camera_reg_kimg=3_000),
+}
+MBSTD_GROUP = 4  # mini-batch standard deviation compares so many images; they share one patch
+
+
+def linear_schedule(start, end, kimg, over):
+    """From start to end while kimg goes from 0 to `over`, then constant."""
+    return end if kimg >= over else start + (end - start) * kimg / over
+
+
+def schedules(cfg, kimg):
+    """Everything that changes with the number of images seen, in one place."""
+    return dict(
+        blur_sigma=linear_schedule(cfg.blur_sigma, 0, kimg, cfg.blur_kimg),
+        density_noise=linear_schedule(cfg.density_noise, 0, kimg, cfg.density_noise_kimg),
+        patch_beta=linear_schedule(*cfg.patch_beta, kimg, cfg.patch_kimg),
+        raw_depth_share=linear_schedule(1 / 4, 0.1, kimg, cfg.adaptor_kimg),
+        camera_reg_weight=linear_schedule(0, 1, kimg, cfg.camera_reg_kimg),
+        kd_weight=cfg.kd_weight * linear_schedule(1, 0, kimg, cfg.kd_kimg))
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data: a folder or zip of images, or `shapes`, which the program draws itself
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+
+def to_rgb(image):
+    """Any PIL image, upright and as RGB; transparency over white, 16-bit gray scaled to 8."""
+    image = PIL.ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        image = PIL.Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def crop_resize(image, resolution, filter):
+    """Largest centred square, resized."""
+    side = min(image.size)
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    return image.resize((resolution, resolution), filter, box=(left, top, left + side, top + side))
+
+
+class ImageData:
+    """Images of a folder or zip: flat, or one folder per class, or with dataset.json; depth in `<name>_depth.png`.
+
+    An item is a dict: image uint8 (3, R, R), depth float32 (1, R, R) in [-1, 1] (larger is farther) unless cfg.depth is
+    "none", label int64, bad: names of unreadable files met (the item is then the next readable one).
+    """
+    MAX_BAD_RUN = 100   # so many unreadable images in a row end the search
+
+    def __init__(self, cfg, source):
+        self.source, self.resolution, self.use_depth = Path(source), cfg.resolution, cfg.depth != "none"
+        self.zip, self.zip_pid = None, None
+        if self.source.is_dir():
+            files = sorted(str(p.relative_to(self.source)) for p in self.source.rglob("*") if p.is_file())
+        elif zipfile.is_zipfile(self.source):
+            with zipfile.ZipFile(self.source) as z:
+                files = sorted(i.filename for i in z.infolist() if not i.is_dir())
+        else:
+            raise UserError(f"--data {source}: neither a folder nor a zip file")
+        names = [f for f in files if Path(f).suffix.lower() in IMAGE_SUFFIXES and not Path(f).name.startswith(".")]
+        depths = {f for f in names if f.endswith("_depth.png")}
+        self.names = [f for f in names if f not in depths]
+        if not self.names:
+            raise UserError(f"--data {source}: no images in it (looked for {' '.join(sorted(IMAGE_SUFFIXES))})")
+        if self.use_depth:
+            missing = [f for f in self.names if self.depth_name(f) not in depths]
+            if missing:
+                raise UserError(f"--data {source}: {len(missing)} of {len(self.names)} images have no depth, the first "
+                                f"is {missing[0]} (its depth would be {Path(self.depth_name(missing[0])).name}); make "
+                                "depth with lereS_depth.py, or train on RGB alone with --depth none")
+        self.labels = self.read_labels("dataset.json" in files)
+        self.num_classes = int(self.labels.max()) + 1 if len(self.labels) else 0
+
+    @staticmethod
+    def depth_name(name):
+        return str(Path(name).with_suffix("")) + "_depth.png"
+
+    def read_labels(self, has_json):
+        """Class of every image, from dataset.json or the first-level folders. -> int64 (N,), empty without classes"""
+        if has_json:
+            try:
+                listed = json.loads(self.read("dataset.json"))["labels"]
+                table = {str(name): int(label) for name, label in listed} if listed else None
+            except (ValueError, KeyError, TypeError) as e:
+                raise UserError(f'--data {self.source}: dataset.json is not of the form {{"labels": [["file", class], '
+                                f'...]}} ({e})') from None
+            if table and min(table.values()) < 0:
+                raise UserError(f"--data {self.source}: dataset.json has a negative class")
+        else:
+            folders = sorted({Path(f).parts[0] for f in self.names if len(Path(f).parts) > 1})
+            table = {f: folders.index(Path(f).parts[0]) for f in self.names if len(Path(f).parts) > 1}
+        if not table:
+            return np.zeros(0, np.int64)
+        unlabelled = [f for f in self.names if f not in table]
+        if unlabelled:
+            raise UserError(f"--data {self.source}: no label for {len(unlabelled)} images, the first is {unlabelled[0]}"
+                            f" ({'name it in dataset.json' if has_json else 'move it into the folder of its class'})")
+        return np.array([table[f] for f in self.names], np.int64)
+
+    def read(self, name):
+        """Bytes of one member. A zip is opened once per process: workers must not share a file position."""
+        if self.source.is_dir():
+            return (self.source / name).read_bytes()
+        if self.zip_pid != os.getpid():
+            self.zip, self.zip_pid = zipfile.ZipFile(self.source), os.getpid()
+        return self.zip.read(name)
+
+    def __getstate__(self):
+        return {**self.__dict__, "zip": None, "zip_pid": None}
+
+    def __len__(self):
+        return len(self.names)
+
+    def decode(self, i):
+        with PIL.Image.open(io.BytesIO(self.read(self.names[i]))) as f:
+            image = np.asarray(crop_resize(to_rgb(f), self.resolution, PIL.Image.LANCZOS))
+        item = dict(image=torch.from_numpy(image.transpose(2, 0, 1).copy()))
+        if self.use_depth:
+            with PIL.Image.open(io.BytesIO(self.read(self.depth_name(self.names[i])))) as f:
+                band = f.getchannel(0) if len(f.getbands()) > 1 else f
+                d = PIL.Image.fromarray(np.asarray(band).astype(np.float32))
+            d = np.asarray(crop_resize(d, self.resolution, PIL.Image.BILINEAR))
+            d = 2 * (d - d.min()) / max(d.max() - d.min(), 1e-6) - 1
+            item["depth"] = torch.from_numpy(d[None].astype(np.float32))
+        return item
+
+    def __getitem__(self, i):
+        bad = []
+        while len(bad) < min(self.MAX_BAD_RUN, len(self)):
+            try:
+                item = self.decode(i)
+            except Exception:  # decoders of damaged files raise anything
+                bad.append(self.names[i])
+                i = (i + 1) % len(self)
+            else:
+                return {**item, "label": int(self.labels[i]) if self.num_classes else 0, "bad": bad}
+        return dict(bad=bad)
+
+
+# Signed distance of each solid from points p (N, 3), y up; about one unit in size, standing on y = -1 or higher.
+def length(*coords):
+    return np.sqrt(sum(c * c for c in coords))
+
+
+SOLIDS = {
+    "sphere": lambda x, y, z: length(x, y, z) - 1,
+    "box": lambda x, y, z: np.maximum(np.maximum(abs(x), abs(z)) - 0.75, abs(y) - 1),
+    "cylinder": lambda x, y, z: np.maximum(length(x, z) - 0.7, abs(y) - 1),
+    "cone": lambda x, y, z: np.maximum(0.9 * (length(x, z) - 0.48 * (1 - y)), -1 - y),
+    "torus": lambda x, y, z: length(length(x, y) - 0.68, z) - 0.32,
+    "capsule": lambda x, y, z: length(x, y - y.clip(-0.5, 0.5), z) - 0.5,
+    "octahedron": lambda x, y, z: (abs(x) + abs(y) + abs(z) - 1.1) * 0.577,
+    "snowman": lambda x, y, z: np.minimum(length(x, y + 0.4, z) - 0.6, length(x, y - 0.45, z) - 0.45),
+}
+
+
+class ShapesData:
+    """Solids on a checkered ground under a sky, drawn from cameras whose distribution is known.
+
+    Item i is a function of i alone. Besides ImageData's entries it has true_depth float32 (1, R, R) in world units and
+    camera float32 (6,), in the order of CAMERA_PARAMETERS. What is farther than cfg.far is sky.
+    The estimated depth is the true one, normalised per image, to an unknown power, with a smooth error and blurred.
+    """
+    num_classes = len(SOLIDS)
+    GROUND = -0.11
+
+    def __init__(self, cfg):
+        self.resolution, self.use_depth, self.distortion = cfg.resolution, cfg.depth != "none", cfg.depth_distortion
+        self.far = cfg.far
+        self.labels = np.arange(len(self)) % self.num_classes
+
+    def __len__(self):
+        return 40_000
+
+    @staticmethod
+    def true_camera(rng, label):
+        """The truth that the camera generator has to find: narrower than the prior, fov by class. -> (6,)"""
+        return np.array([rng.normal(0, 0.35), rng.normal(math.pi / 2 - 0.25, 0.1), 17 + 2 * label + rng.normal(0, 0.5),
+                         rng.normal(0, 0.6), rng.normal(math.pi / 2, 0.3), rng.uniform(0, 0.06)], np.float32)
+
+    def true_cameras(self, n):
+        return torch.from_numpy(np.stack([self.true_camera(np.random.default_rng(i), i % self.num_classes)
+                                          for i in range(n)]))
+
+    def __getitem__(self, i):
+        rng, label = np.random.default_rng(i), int(self.labels[i])
+        camera = self.true_camera(rng, label)
+        supersample = 2 if self.resolution <= 64 else 1
+        R = self.resolution * supersample
+        c = torch.from_numpy(camera)[None]
+        origin, ray = camera_rays(Camera(c[:, 0], c[:, 1], c[:, 2], torch.ones(1), c[:, 3:]), R)
+        origin, ray = origin[0, 0].numpy(), ray[0].numpy()                            # (3,), (R², 3)
+        # sky, and on it the ground out to `far`
+        up = np.clip(ray[:, 1:2] * 1.5 + 0.75, 0, 1)
+        color = (1 - up) * np.array([0.78, 0.86, 0.93]) + up * np.array([0.36, 0.55, 0.85])
+        depth = np.full(len(ray), self.far, np.float32)
+        t = (self.GROUND - origin[1]) / np.minimum(ray[:, 1], -1e-6)
+        on = np.flatnonzero(t < self.far)
+        p = origin + t[on, None] * ray[on]
+        scale = rng.uniform(0.065, 0.095)
+        center = np.array([rng.uniform(-0.05, 0.05), self.GROUND + scale, rng.uniform(-0.05, 0.05)])
+        checker = (np.floor(p[:, 0] / 0.1) + np.floor(p[:, 2] / 0.1)) % 2
+        ground = (0.42 + 0.3 * checker)[:, None] * np.array([1.0, 0.93, 0.82])
+        ground = ground * (1 - 0.55 * np.exp(-((p - center)[:, [0, 2]] ** 2).sum(1) / scale ** 2))[:, None]
+        fog = np.clip((t[on, None] - 1.1) / (self.far - 1.1), 0, 1) ** 2
+        color[on] = (1 - fog) * ground + fog * color[on]
+        depth[on] = t[on]
+        # the solid: sphere tracing of the rays that meet its bounding ball
+        angle = rng.uniform(0, 2 * math.pi)
+        turn = np.array([[math.cos(angle), 0, math.sin(angle)], [0, 1, 0], [-math.sin(angle), 0, math.cos(angle)]])
+        sdf = list(SOLIDS.values())[label]
+        o, d = turn @ (origin - center) / scale, (ray @ turn.T).astype(np.float64)
+        middle = -(d @ o)
+        gap = 1.5 ** 2 - (o @ o - middle ** 2)
+        hit = np.flatnonzero(gap > 0)
+        d, s = d[hit], middle[hit] - np.sqrt(gap[hit])
+        for _ in range(32):
+            distance = sdf(*(o + s[:, None] * d).T)
+            s = s + distance
+        on = (distance < 0.02) & (s * scale < depth[hit])
+        hit, d, s = hit[on], d[on], s[on]
+        p = o + s[:, None] * d
+        eps = 1e-3 * np.eye(3)
+        normal = np.stack([sdf(*(p + e).T) - sdf(*(p - e).T) for e in eps], 1)
+        normal = normal / np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-9)
+        light = turn @ np.array([0, 0.8, 0.6])
+        shade = 0.4 + 0.6 * np.maximum(normal @ light, 0)
+        # colour: a hue near the class's own, in bands (even classes) or sectors (odd) of two tones
+        hue = label / self.num_classes + rng.normal(0, 0.02)
+        value, saturation = rng.uniform(0.75, 1), rng.uniform(0.7, 0.95)
+        rgb = value * (1 - saturation * np.clip(abs((hue * 6 + np.array([3, 1, 5])) % 6 - 3) - 1, 0, 1))
+        band = np.sin(7 * p[:, 1] + 1) if label % 2 == 0 else np.sin(3 * np.arctan2(p[:, 2], p[:, 0]))
+        tone = np.where(band > 0, 1.0, 0.55)
+        color[hit] = rgb * (shade * tone)[:, None]
+        depth[hit] = s * scale
+        # average the supersamples (depth: the nearest of them would flicker, the mean does not)
+        small = (self.resolution, supersample, self.resolution, supersample)
+        image = color.reshape(*small, 3).mean((1, 3)).clip(0, 1)
+        depth = depth.reshape(small).mean((1, 3))
+        item = dict(image=torch.from_numpy((image.transpose(2, 0, 1) * 255).round().astype(np.uint8)), label=label,
+                    true_depth=torch.from_numpy(depth[None].astype(np.float32)), camera=torch.from_numpy(camera), bad=[])
+        if self.use_depth:
+            item["depth"] = torch.from_numpy(self.estimate(rng, depth)[None].astype(np.float32))
+        return item
+
+    def estimate(self, rng, depth):
+        """What a monocular estimator might say of a true depth (R, R). -> (R, R) in [-1, 1]"""
+        k, R = self.distortion, self.resolution
+        power = 1 + k * (rng.uniform(0.5, 1.1) - 1)
+        d = ((depth - depth.min()) / max(depth.max() - depth.min(), 1e-6)) ** power
+        line = np.linspace(0, math.pi, R)
+        waves = np.cos(np.outer(np.arange(1, 3), line) + rng.uniform(0, 2 * math.pi, (2, 1)))
+        d = d + k * 0.04 * (waves[0][:, None] * waves[0] + waves[1][:, None] * waves[1])
+        pad = R // 8
+        d = blur(F.pad(torch.from_numpy(d)[None, None], (pad,) * 4, mode="replicate"), k * R / 64)[0, 0].numpy()
+        d = d[pad:-pad, pad:-pad]
+        return 2 * (d - d.min()) / max(d.max() - d.min(), 1e-6) - 1
+
+
+def open_data(cfg):
+    """The data set that cfg.data names."""
+    if cfg.data == "shapes":
+        return ShapesData(cfg)
+    if cfg.data in DATA_PRESETS:
+        root = Path(os.environ.get("DATA_DIR", "data"))
+        for source in (root / cfg.data, root / f"{cfg.data}.zip"):
+            if source.exists():
+                return ImageData(cfg, source)
+        raise UserError(f"--data {cfg.data}: neither {root / cfg.data} nor {cfg.data}.zip beside it exists; put it there, "
+                        "or set DATA_DIR, or give a path")
+    if not Path(cfg.data).exists():
+        raise UserError(f"--data {cfg.data}: no such file or folder, nor one of {', '.join(DATA_PRESETS)}")
+    return ImageData(cfg, cfg.data)
+
+
+def collate(items):
+    """Stack what can be stacked; failed items carry only their names."""
+    bad = [name for item in items for name in item["bad"]]
+    if any("image" not in item for item in items):
+        return dict(bad=bad)
+    batch = {k: torch.stack([i[k] for i in items]) for k in ("image", "depth", "true_depth", "camera") if k in items[0]}
+    return {**batch, "label": torch.tensor([i["label"] for i in items]), "bad": bad}
+
+
+class MirroredData(torch.utils.data.Dataset):
+    """The data and its mirror image: index n + i is item i flipped."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __getitem__(self, i):
+        item = self.data[i % len(self.data)]
+        if i >= len(self.data):
+            item.update({k: item[k].flip(-1) for k in ("image", "depth", "true_depth") if k in item})
+            if "camera" in item:
+                item["camera"] = item["camera"] * torch.tensor([-1, 1, 1, -1, 1, 1])
+        return item
+
+
+class Batches:
+    """Endless batches of indices for this process from a step on: a function of seed and step, so that a resumed run
+    sees what an undisturbed one would. Epochs are permutations of the data (and of its mirror image)."""
+
+    def __init__(self, cfg, n, step, rank, world):
+        self.total, self.seed, self.batch, self.step = n * (2 if cfg.mirror else 1), cfg.seed, cfg.batch_size, step
+        self.share = cfg.batch_size // world
+        self.offset = rank * self.share
+
+    def __iter__(self):
+        epoch, order, step = None, None, self.step
+        while True:
+            out = []
+            first = step * self.batch + self.offset
+            for position in range(first, first + self.share):
+                e, k = divmod(position, self.total)
+                if e != epoch:
+                    epoch, order = e, np.random.default_rng([self.seed, e]).permutation(self.total)
+                out.append(int(order[k]))
+            yield out
+            step += 1
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Ops: equalised layers (StyleGAN2, Karras et al. 2020), FIR resampling, tri-plane lookup
+
+def normalize_2nd_moment(x):
+    return x * (x.square().mean(dim=1, keepdim=True) + 1e-8).rsqrt()
+
+
+def leaky_relu(x):
+    return F.leaky_relu(x, 0.2)
+
+
+# Leaky ReLU comes with a gain of sqrt(2), which keeps the variance. It commutes with the activation, so layers put it into
+# their weights, where it costs nothing.
+GAIN = {leaky_relu: math.sqrt(2), F.softplus: 1.0, None: 1.0}
+
+
+class Linear(nn.Module):
+    """Equalised linear layer: weights are stored at unit variance / lr_mult and scaled when used. (B, in) -> (B, out)"""
+
+    def __init__(self, in_features, out_features, activation=None, lr_mult=1.0, bias_init=0.0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_features, in_features) / lr_mult)
+        self.bias = nn.Parameter(torch.full((out_features,), float(bias_init)))
+        self.activation, self.scale = activation, lr_mult * GAIN[activation]
+
+    def forward(self, x):
+        x = F.linear(x, self.weight * (self.scale / math.sqrt(self.weight.shape[1])), self.bias * self.scale)
+        return self.activation(x) if self.activation else x
+
+
+class Conv2d(nn.Module):
+    """Equalised convolution, padded to keep the size; down=2 filters with the FIR and halves it. (B, in, H, W) -> (B, out, ., .)"""
+
+    def __init__(self, in_channels, out_channels, kernel_size, activation=None, bias=True, down=1, gain=1.0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
+        self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
+        self.activation, self.down, self.gain = activation, down, gain * GAIN[activation]
+
+    def forward(self, x):
+        padding = self.weight.shape[2] // 2
+        if self.down == 2:  # the FIR's own padding, and then the convolution's
+            x, padding = fir_filter(x, padding + 1), 0
+        weight = (self.weight * (self.gain / math.sqrt(self.weight[0].numel()))).to(x.dtype)
+        bias = None if self.bias is None else (self.bias * self.gain).to(x.dtype)
+        x = F.conv2d(x, weight, bias, stride=self.down, padding=padding)
+        return self.activation(x) if self.activation else x
+
+
+def fir_filter(x, padding, gain=1.0):
+    """Low-pass with the separable filter [1, 3, 3, 1] / 8, zero padding. (B, C, H, W) -> (B, C, H+2p-3, W+2p-3)"""
+    f = x.new_tensor([1.0, 3.0, 3.0, 1.0]) * (math.sqrt(gain) / 8)
+    kernel = (f[:, None] * f).expand(x.shape[1], 1, 4, 4)
+    return F.conv2d(x, kernel, padding=padding, groups=x.shape[1])
+
+
+def upsample(x):
+    """Factor 2: zeros between the pixels, then the FIR with gain 4. (B, C, H, W) -> (B, C, 2H, 2W)
+
+    One polyphase step: each output pixel is 3/4 of its nearest input pixel and 1/4 of the next one, in both directions.
+    """
+    for dim in (2, 3):
+        n = x.shape[dim]
+        zero = torch.zeros_like(x.narrow(dim, 0, 1))
+        before = torch.cat([zero, x.narrow(dim, 0, n - 1)], dim)
+        after = torch.cat([x.narrow(dim, 1, n - 1), zero], dim)
+        x = torch.stack([0.75 * x + 0.25 * before, 0.75 * x + 0.25 * after], dim + 1).flatten(dim, dim + 1)
+    return x
+
+
+def sample_triplane(planes, points, box):
+    """Mean of the three bilinear lookups (EG3D, Chan et al. 2022, section 4).
+
+    planes (B, 3, C, T, T), points (B, N, 3) in world units, box: half size of the box the planes span -> (B, N, C).
+    Planes are (x, y), (x, z), (y, z): the first indexes the width, the second the height. Outside: zero.
+    """
+    B, _, C, T, _ = planes.shape
+    uv = points[:, :, [[0, 1], [0, 2], [1, 2]]] / box                                # (B, N, 3, 2)
+    uv = uv.transpose(1, 2).reshape(B * 3, 1, -1, 2)                                 # (3B, 1, N, 2)
+    features = F.grid_sample(planes.reshape(B * 3, C, T, T), uv, mode="bilinear", padding_mode="zeros",
+                             align_corners=True)                                     # (3B, C, 1, N)
+    return features.reshape(B, 3, C, -1).mean(dim=1).transpose(1, 2)                 # (B, N, C)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Camera ("ball in sphere", paper section 3.2), camera generator and its regularisers, patches
+
+class Camera(NamedTuple):
+    """A camera on a sphere that looks at a point of a small inner ball. Roll is 0."""
+    yaw: torch.Tensor      # (B,) radians
+    pitch: torch.Tensor    # (B,) radians; the horizon is pi/2
+    fov: torch.Tensor      # (B,) degrees
+    radius: torch.Tensor   # (B,) world units
+    look_at: torch.Tensor  # (B, 3) yaw, pitch, radius of the point looked at
+
+
+class Patch(NamedTuple):
+    """A square cut-out: `scale` in (0, 1] of the image's side, `offset` of its left and bottom edges in [0, 1 - scale]."""
+    scale: torch.Tensor   # (B,)
+    offset: torch.Tensor  # (B, 2) x, y
+
+
+def rows(t, start, stop):
+    """Rows start to stop of every tensor in a named tuple."""
+    return type(t)(*(x[start:stop] for x in t))
+
+
+CAMERA_PARAMETERS = ("yaw", "pitch", "fov", "look_at_yaw", "look_at_pitch", "look_at_radius")
+
+
+def camera_parameters(camera):
+    """The six free parameters, in the order of CAMERA_PARAMETERS. -> (B, 6)"""
+    return torch.cat([torch.stack([camera.yaw, camera.pitch, camera.fov], 1), camera.look_at], 1)
+
+
+def camera_ranges(cfg, device="cpu"):
+    """Prior range of each of the six parameters. -> (6, 2)"""
+    return torch.tensor([cfg.prior_yaw, cfg.prior_pitch, cfg.prior_fov, (-math.pi, math.pi), (0.0, math.pi),
+                         cfg.prior_look_at], device=device)
+
+
+def sample_camera_prior(cfg, n, device):
+    """n cameras with every parameter uniform in its range and the look-at direction uniform on the sphere."""
+    low, high = camera_ranges(cfg, device).unbind(1)
+    p = low + (high - low) * torch.rand(n, 6, device=device)
+    look_at_pitch = torch.arccos(1 - 2 * ((p[:, 4] / math.pi)).clamp(1e-6, 1 - 1e-6))
+    return Camera(p[:, 0], p[:, 1], p[:, 2], torch.ones(n, device=device),
+                  torch.stack([p[:, 3], look_at_pitch, p[:, 5]], 1))
+
+
+def frontal_camera(cfg, n, device):
+    """n cameras in the middle of the prior, looking at the origin."""
+    mid = camera_ranges(cfg, device).mean(1).expand(n, 6)
+    look_at = torch.stack([mid[:, 3], mid[:, 4], torch.zeros_like(mid[:, 5])], 1)
+    return Camera(mid[:, 0], mid[:, 1], mid[:, 2], torch.ones(n, device=device), look_at)
+
+
+def spherical_to_cartesian(yaw, pitch, radius):
+    """(B,) each -> (B, 3). y is up; yaw 0 lies on +z."""
+    return torch.stack([radius * pitch.sin() * (-yaw).sin(), radius * pitch.cos(), radius * pitch.sin() * yaw.cos()], 1)
+
+
+def cam2world(camera):
+    """Camera-to-world matrices; the camera looks along its own -z, x is right, y is up. -> (B, 4, 4)"""
+    origin = spherical_to_cartesian(camera.yaw, camera.pitch, camera.radius)          # (B, 3)
+    forward = F.normalize(spherical_to_cartesian(*camera.look_at.unbind(1)) - origin, dim=1)
+    world_up = torch.tensor([0.0, 1.0, 0.0], device=origin.device, dtype=origin.dtype).expand_as(forward)
+    left = F.normalize(torch.linalg.cross(world_up, forward), dim=1)
+    up = F.normalize(torch.linalg.cross(forward, left), dim=1)
+    top = torch.stack([-left, up, -forward, origin], dim=2)                           # (B, 3, 4)
+    bottom = torch.tensor([0.0, 0.0, 0.0, 1.0], device=origin.device, dtype=origin.dtype).expand(len(origin), 1, 4)
+    return torch.cat([top, bottom], dim=1)
+
+
+def patch_grid(patch, n, resolution, device):
+    """Image coordinates of the pixels of an image or a patch, corners included. -> (n, H, W, 2), x right, y up, in [-1, 1]"""
+    line = torch.linspace(-1, 1, resolution, device=device)
+    xy = torch.stack(torch.meshgrid(line, -line, indexing="xy"), dim=-1).expand(n, -1, -1, -1)
+    if patch is None:
+        return xy
+    return (xy + 1) * patch.scale.view(n, 1, 1, 1) - 1 + 2 * patch.offset.view(n, 1, 1, 2)
+
+
+def camera_rays(camera, resolution, patch=None):
+    """One ray per pixel, rows from the top. -> origins, unit directions, both (B, resolution², 3), in world units."""
+    n = len(camera.yaw)
+    pose = cam2world(camera)
+    xy = patch_grid(patch, n, resolution, pose.device).reshape(n, -1, 2)              # (B, R, 2)
+    focal = 1 / (camera.fov * (math.pi / 360)).tan()
+    in_camera = F.normalize(torch.cat([xy, -focal.view(n, 1, 1).expand(-1, xy.shape[1], 1)], 2), dim=2)
+    directions = in_camera @ pose[:, :3, :3].transpose(1, 2)                          # (B, R, 3)
+    return pose[:, None, :3, 3].expand_as(directions), directions
+
+
+class CameraAdaptor(nn.Module):
+    """One MLP of the camera generator: parameters (and z and class embeddings) -> new parameters, before the sigmoid."""
+
+    def __init__(self, in_features, z_dim, num_classes, out_features, lr_mult):
+        super().__init__()
+        def layer(i, o, activation=F.softplus):
+            return Linear(i, o, activation, lr_mult)
+        self.project_params = layer(in_features, 256)
+        self.project_z = layer(z_dim, 16) if z_dim else None
+        self.project_c = layer(num_classes, 16) if num_classes else None
+        width = 256 + 16 * bool(z_dim) + 16 * bool(num_classes)
+        self.main = nn.Sequential(layer(width, 256), layer(256, out_features, None))
+
+    def forward(self, params, z, c):  # (B, in), (B, z_dim), (B, num_classes) -> (B, out)
+        x = [self.project_params(params)]
+        if self.project_z is not None:
+            x.append(normalize_2nd_moment(self.project_z(z)))
+        if self.project_c is not None:
+            x.append(normalize_2nd_moment(self.project_c(c)))
+        return self.main(torch.cat(x, 1))
+
+
+class CameraGenerator(nn.Module):
+    """Maps a prior camera to a posterior one (paper section 3.2). The origin sees the class, the look-at also z."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.num_classes = cfg.num_classes
+        self.register_buffer("ranges", camera_ranges(cfg), persistent=False)
+        self.origin_adaptor = CameraAdaptor(4, 0, cfg.num_classes, 4, cfg.camera_lr_mult)
+        self.look_at_adaptor = CameraAdaptor(8, cfg.z_dim, cfg.num_classes, 4, cfg.camera_lr_mult)
+
+    def forward(self, prior, z, c):
+        """prior: a Camera of B; z (B, z_dim); c int64 (B,) -> the posterior Camera, every parameter in its range."""
+        low, high = self.ranges.unbind(1)
+        c = F.one_hot(c, self.num_classes).to(z.dtype) if self.num_classes else None
+        p = (camera_parameters(prior) - low) / (high - low)                           # (B, 6) in [0, 1]
+        roll = torch.zeros_like(p[:, 0])
+        # yaw, pitch, roll, radius: the second network sees them before the sigmoid, then the last two are dropped
+        origin = self.origin_adaptor(torch.stack([p[:, 0], p[:, 1], roll, prior.radius], 1), None, c)
+        look_at = self.look_at_adaptor(torch.cat([origin[:, :3], p[:, 2:3], origin[:, 3:], p[:, 3:]], 1), z, c)
+        q = torch.cat([origin[:, :2], look_at], 1).sigmoid() * (high - low) + low     # (B, 6)
+        pitch = q[:, 1].clamp(float(low[1]) + 1e-5, float(high[1]) - 1e-5)
+        return Camera(q[:, 0], pitch, q[:, 2], prior.radius, q[:, 3:])
+
+
+def emd_1d(a, b):
+    """Squared-cost optimal transport between equal numbers of scalars: in 1-D, sort both. a, b (n, ...) -> (...)"""
+    return (a.sort(0).values - b.sort(0).values).square().mean(0)
+
+
+def camera_emd(prior, posterior):
+    """Earth mover's distance of each of the six camera parameters, in squared radians or degrees. -> (6,)"""
+    return emd_1d(camera_parameters(prior), camera_parameters(posterior))
+
+
+def camera_gradient_penalty(camera_generator, prior, z, c):
+    """The paper's regulariser: |g| + 1 / (|g| + 1e-4), g = d posterior_i / d prior_i, mean over samples. -> (6,)"""
+    p = camera_parameters(prior).detach().requires_grad_()
+    posterior = camera_parameters(camera_generator(Camera(p[:, 0], p[:, 1], p[:, 2], prior.radius, p[:, 3:]), z, c))
+    g = torch.stack([torch.autograd.grad(posterior[:, i].sum(), p, create_graph=True)[0][:, i] for i in range(6)], 1)
+    return (g.abs() + 1 / (g.abs() + 1e-4)).mean(0)
+
+
+def sample_patch(cfg, n, kimg):
+    """n random patches; every MBSTD_GROUP consecutive ones are the same. Scale ~ s_min + (1 - s_min) Beta(1, b)."""
+    groups = -(-n // MBSTD_GROUP)
+    smallest = cfg.patch_resolution / cfg.resolution
+    v = torch.rand(groups, dtype=torch.float64)
+    beta = 1 - v ** (1 / schedules(cfg, kimg)["patch_beta"])   # the inverse of Beta(1, b)'s distribution function
+    scale = smallest + (1 - smallest) * beta
+    offset = torch.rand(groups, 2, dtype=torch.float64) * (1 - scale[:, None])
+    return Patch(*(x.float().repeat_interleave(MBSTD_GROUP, 0)[:n] for x in (scale, offset)))
+
+
+def extract_patch(image, patch, resolution):
+    """Cut patches out of images, bilinear, by the coordinates `camera_rays` uses. (B, ., H, W) -> (B, ., P, P)"""
+    grid = patch_grid(patch, len(image), resolution, image.device) * image.new_tensor([1.0, -1.0])
+    return F.grid_sample(image, grid, mode="bilinear", align_corners=True)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rendering (NeRF's quadrature, Mildenhall et al. 2020; hierarchical samples as in EG3D)
+
+def stratified_depths(near, far, shape, samples, random, device):
+    """Depths of the coarse samples: one in each interval between midpoints of an even grid. -> (*shape, S)"""
+    grid = torch.linspace(near, far, samples, device=device)
+    mid = (grid[1:] + grid[:-1]) / 2
+    low, high = torch.cat([grid[:1], mid]), torch.cat([mid, grid[-1:]])
+    u = torch.rand(*shape, samples, device=device) if random else torch.full((*shape, samples), 0.5, device=device)
+    return low + (high - low) * u
+
+
+def importance_depths(depths, weights, u):
+    """Invert the piecewise constant distribution of the coarse weights. No gradient.
+
+    depths (..., S) sorted, weights (..., S), u (..., K) in [0, 1] -> (..., K). Bins are the midpoints of `depths`.
+    """
+    with torch.no_grad():
+        bins = (depths[..., 1:] + depths[..., :-1]) / 2                               # (..., S-1)
+        pdf = weights[..., 1:-1] + 1e-5 + 1e-5                                        # (..., S-2)
+        cdf = (pdf / pdf.sum(-1, keepdim=True)).cumsum(-1)
+        cdf = torch.cat([torch.zeros_like(cdf[..., :1]), cdf], -1)                    # (..., S-1)
+        above = torch.searchsorted(cdf, u.contiguous(), right=True)
+        below, above = (above - 1).clamp(min=0), above.clamp(max=cdf.shape[-1] - 1)
+        c0, c1 = cdf.gather(-1, below), cdf.gather(-1, above)
+        b0, b1 = bins.gather(-1, below), bins.gather(-1, above)
+        width = torch.where(c1 - c0 < 1e-5, torch.ones_like(c0), c1 - c0)
+        return b0 + (u - c0) / width * (b1 - b0)
+
+
+def ray_weights(sigma_raw, depths, density_scale=1.0):
+    """alpha_i = 1 - exp(-delta_i softplus(sigma_i)); weight = alpha x transmittance. sigma_raw, depths (..., S) -> (..., S)"""
+    delta = torch.cat([depths[..., 1:] - depths[..., :-1], torch.full_like(depths[..., :1], 1e10)], -1)
+    alpha = 1 - torch.exp(-density_scale * delta * F.softplus(sigma_raw))
+    transmittance = torch.cumprod(torch.cat([torch.ones_like(alpha[..., :1]), 1 - alpha[..., :-1] + 1e-10], -1), -1)
+    return alpha * transmittance
+
+
+def march_rays(rgb, sigma_raw, depths):
+    """Composite along rays. rgb (..., S, 3), sigma_raw (..., S) before the softplus, depths (..., S) sorted
+    -> rgb (..., 3), depth (...), weights (..., S)"""
+    weights = ray_weights(sigma_raw, depths)
+    return (weights[..., None] * rgb).sum(-2), (weights * depths).sum(-1), weights
+
+
+class TriplaneDecoder(nn.Module):
+    """Two layers from the mean plane feature to colour (as is, no sigmoid) and density (before the softplus)."""
+
+    def __init__(self, features):
+        super().__init__()
+        self.model = nn.Sequential(Linear(features, 64, leaky_relu), Linear(64, 4))
+
+    def forward(self, features):  # (..., C) -> (..., 3), (...)
+        out = self.model(features)
+        return out[..., :3], out[..., 3]
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Generator: mapping, StyleGAN2 backbone, depth adaptor (paper sections 3.1 and 3.3)
+
+class MappingNetwork(nn.Module):
+    """z and class (or, in the discriminator, conditions alone) -> w. Two layers, learning rate 1/100."""
+
+    def __init__(self, z_dim, c_dim, w_dim):
+        super().__init__()
+        self.embed = Linear(c_dim, w_dim) if c_dim else None
+        self.fc0 = Linear(z_dim + w_dim * bool(c_dim), w_dim, leaky_relu, lr_mult=0.01)
+        self.fc1 = Linear(w_dim, w_dim, leaky_relu, lr_mult=0.01)
+        if z_dim:
+            self.register_buffer("w_avg", torch.zeros(w_dim))
+
+    def forward(self, z, c):  # (B, z_dim) or None, (B, c_dim) or None -> (B, w_dim)
+        x = [] if z is None else [normalize_2nd_moment(z)]
+        if self.embed is not None:
+            x.append(normalize_2nd_moment(self.embed(c)))
+        return self.fc1(self.fc0(torch.cat(x, 1)))
+
+
+class SynthesisLayer(nn.Module):
+    """3x3 modulated and demodulated convolution, noise, leaky ReLU. up=2 doubles the resolution.
+
+    The weights are shared over the batch: scaling the input by the style and the output by the demodulation is the same
+    as scaling the weights (StyleGAN2, equations 1 and 3).
+    """
+
+    def __init__(self, in_channels, out_channels, w_dim, resolution, up=1):
+        super().__init__()
+        self.affine = Linear(w_dim, in_channels, bias_init=1)
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, 3, 3))
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+        self.register_buffer("noise_const", torch.randn(resolution, resolution))
+        self.noise_strength = nn.Parameter(torch.zeros([]))
+        self.up = up
+
+    def forward(self, x, w, noise):  # (B, in, H, W), (B, w_dim) -> (B, out, up H, up W)
+        style = self.affine(w)                                                        # (B, in)
+        demod = (style.square() @ self.weight.square().sum((2, 3)).t() + 1e-8).rsqrt()  # (B, out)
+        x = x * style[:, :, None, None].to(x.dtype)
+        if self.up == 2:
+            x = F.conv_transpose2d(x, self.weight.transpose(0, 1).to(x.dtype), stride=2)  # (B, out, 2H+1, 2W+1)
+            x = fir_filter(x, padding=1, gain=4)
+        else:
+            x = F.conv2d(x, self.weight.to(x.dtype), padding=1)
+        bias = self.bias[:, None, None]                                               # (out, 1, 1)
+        if noise == "random":
+            bias = bias + torch.randn(len(x), 1, *x.shape[2:], device=x.device) * self.noise_strength
+        elif noise == "const":
+            bias = bias + self.noise_const * self.noise_strength
+        gain = GAIN[leaky_relu]
+        return leaky_relu(torch.addcmul((bias * gain).to(x.dtype), x, (demod * gain)[:, :, None, None].to(x.dtype)))
+
+
+class ToRGB(nn.Module):
+    """1x1 modulated convolution (not demodulated) to the tri-plane's channels."""
+
+    def __init__(self, in_channels, out_channels, w_dim):
+        super().__init__()
+        self.affine = Linear(w_dim, in_channels, bias_init=1)
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, 1, 1))
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+
+    def forward(self, x, w):  # (B, in, H, W), (B, w_dim) -> (B, out, H, W)
+        style = self.affine(w) / math.sqrt(self.weight.shape[1])
+        return F.conv2d(x * style[:, :, None, None].to(x.dtype), self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+class SynthesisBlock(nn.Module):
+    """Doubles the resolution (but for the first), then adds to the upsampled skip."""
+
+    def __init__(self, in_channels, out_channels, w_dim, resolution, out_planes):
+        super().__init__()
+        if in_channels:
+            self.conv0 = SynthesisLayer(in_channels, out_channels, w_dim, resolution, up=2)
+        else:
+            self.const = nn.Parameter(torch.randn(out_channels, resolution, resolution))
+        self.conv1 = SynthesisLayer(out_channels, out_channels, w_dim, resolution)
+        self.torgb = ToRGB(out_channels, out_planes, w_dim)
+
+    def forward(self, x, skip, w, noise):
+        x = self.const.expand(len(w), -1, -1, -1) if x is None else self.conv0(x, w, noise)
+        x = self.conv1(x, w, noise)
+        y = self.torgb(x, w).to(w.dtype)   # the skips are summed in w's precision
+        return x, y if skip is None else upsample(skip) + y
+
+
+def channels(cfg, resolution):
+    return min(cfg.channel_base // resolution, cfg.channel_max)
+
+
+class TriplaneBackbone(nn.Module):
+    """StyleGAN2 synthesis network with 3 x C output channels."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.features = cfg.triplane_features
+        self.resolutions = [2 ** i for i in range(2, int(math.log2(cfg.triplane_resolution)) + 1)]
+        for r in self.resolutions:
+            in_channels = channels(cfg, r // 2) if r > 4 else 0
+            setattr(self, f"b{r}", SynthesisBlock(in_channels, channels(cfg, r), cfg.w_dim, r, 3 * self.features))
+
+    def forward(self, w, noise="const"):
+        """w (B, w_dim), noise: "const", "random" or "none" -> planes (B, 3, C, T, T)"""
+        x = planes = None
+        for r in self.resolutions:
+            x, planes = getattr(self, f"b{r}")(x, planes, w, noise)
+        return planes.view(len(w), 3, self.features, *planes.shape[2:])
+
+
+class DepthAdaptor(nn.Module):
+    """Turns rendered depth into something that looks like estimated depth (paper section 3.1).
+
+    Depth is normalised to about [-1, 1] between a learned near plane and `far`; three convolutions follow, and one
+    shared head reads each of them. Candidate 0 is the normalised depth itself.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.near, self.far = cfg.near, cfg.far
+        width = cfg.adaptor_channels
+        self.near_plane_offset_raw = nn.Parameter(torch.tensor([-3.0]))
+        self.layers = nn.ModuleList(Conv2d(i, width, 5, leaky_relu) for i in (1, width, width))
+        self.head = Conv2d(width, 1, 1)
+
+    def near_offset(self):
+        """How far the learned near plane lies beyond `near`, in world units, in (0, (far - near) / 4)."""
+        return self.near_plane_offset_raw.sigmoid() * 0.25 * (self.far - self.near)
+
+    def normalize(self, depth):
+        near = self.near + self.near_offset()
+        return 2 * (depth - (near + self.far) / 2) / (self.far - near)
+
+    def candidates(self, depth):
+        """depth (B, 1, H, W) in world units -> (4, B, 1, H, W), from un-adapted to most adapted."""
+        x = self.normalize(depth)
+        out = [x]
+        for layer in self.layers:
+            x = layer(x)
+            out.append(self.head(x))
+        return torch.stack(out)
+
+    def forward(self, depth, choice):
+        """Candidate choice[i], an int64 (B,), for each sample, computing no deeper than chosen. -> (B, 1, H, W)"""
+        out = x = self.normalize(depth)
+        left = torch.arange(len(depth), device=depth.device)                          # samples that go on
+        for level, layer in enumerate(self.layers, 1):
+            on = choice[left] >= level
+            left = left[on]
+            if len(left) == 0:
+                break
+            x = layer(x[on])
+            done = choice[left] == level
+            out = out.index_copy(0, left[done], self.head(x[done]).to(out.dtype))
+        return out
+
+
+def sample_adaptor_choice(cfg, n, kimg, device):
+    """Which candidate each of n training samples takes. -> int64 (n,)"""
+    if cfg.depth_adaptor == "random":  # linear in the index, and the first one's share is p
+        p = schedules(cfg, kimg)["raw_depth_share"]
+        probabilities = p + torch.arange(4) * (1 - 4 * p) / 6
+    else:
+        share = {"never": 0.0, "half": 0.5, "always": 1.0}[cfg.depth_adaptor]
+        probabilities = torch.tensor([1 - share, 0, 0, share])
+    return torch.multinomial(probabilities, n, replacement=True).to(device)
+
+
+class Generator(nn.Module):
+    """z and class -> w -> tri-planes -> image and depth from a camera.
+
+    In training mode ray samples are random; in evaluation mode the render is a function of its inputs.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.mapping_network = MappingNetwork(cfg.z_dim, cfg.num_classes, cfg.w_dim)
+        self.backbone = TriplaneBackbone(cfg)
+        self.decoder = TriplaneDecoder(cfg.triplane_features)
+        self.camera_generator = CameraGenerator(cfg) if cfg.camera == "learned" else None
+        self.depth_adaptor = DepthAdaptor(cfg) if cfg.depth != "none" else None
+        self.density_noise = 0.0   # standard deviation, set by the training loop
+
+    def query(self, planes, origins, directions, depths):
+        """Colour and density at `depths` (B, R, S) on rays (B, R, 3). -> rgb (B, R, S, 3), sigma_raw (B, R, S)"""
+        points = origins[:, :, None] + depths[..., None] * directions[:, :, None]      # (B, R, S, 3)
+        features = sample_triplane(planes, points.flatten(1, 2), self.cfg.box)         # (B, R S, C)
+        rgb, sigma_raw = self.decoder(features)
+        if self.training and self.density_noise > 0:
+            sigma_raw = sigma_raw + self.density_noise * torch.randn_like(sigma_raw)
+        return rgb.view(*depths.shape, 3), sigma_raw.view(depths.shape)
+
+    def render(self, planes, camera, resolution, patch=None):
+        """planes (B, 3, C, T, T), a Camera and, if wanted, a Patch of B -> rgb (B, 3, H, W), depth (B, 1, H, W)"""
+        cfg, random = self.cfg, self.training
+        origins, directions = camera_rays(camera, resolution, patch)                   # (B, R, 3)
+        B, R, _ = directions.shape
+        coarse = stratified_depths(cfg.near, cfg.far, (B, R), cfg.coarse_samples, random, planes.device)
+        rgb, sigma = self.query(planes, origins, directions, coarse)
+        u = (torch.rand(B, R, cfg.fine_samples, device=planes.device) if random else
+             ((torch.arange(cfg.fine_samples, device=planes.device) + 0.5) / cfg.fine_samples).expand(B, R, -1))
+        # twice the density sharpens the importance weights; the spec is silent here, the reference vectors are not
+        fine = importance_depths(coarse, ray_weights(sigma, coarse, density_scale=2.0), u)
+        fine_rgb, fine_sigma = self.query(planes, origins, directions, fine)
+        depths, order = torch.cat([coarse, fine], -1).sort(-1)                         # (B, R, S)
+        rgb = torch.cat([rgb, fine_rgb], -2).gather(-2, order[..., None].expand(-1, -1, -1, 3))
+        rgb, depth, _ = march_rays(rgb, torch.cat([sigma, fine_sigma], -1).gather(-1, order), depths)
+        shape = (B, -1, resolution, resolution)
+        return rgb.transpose(1, 2).reshape(shape), depth.reshape(shape)
+
+    def mapping(self, z, c):
+        """z (B, z_dim), c int64 (B,) (ignored without classes) -> w (B, w_dim)"""
+        one_hot = F.one_hot(c, self.cfg.num_classes).to(z.dtype) if self.cfg.num_classes else None
+        return self.mapping_network(z, one_hot)
+
+    def pose(self, prior, z, c):
+        """The camera a sample is seen from: a function of the prior's draw (Camera), z (B, z_dim) and class (B,)."""
+        if self.camera_generator is not None:
+            return self.camera_generator(prior, z, c)
+        return prior if self.cfg.camera == "prior" else frontal_camera(self.cfg, len(z), z.device)
+
+
+def synthesize(G, z, c, prior, choice, patch=None):
+    """One pass from z to what the discriminator sees (paper figure 2).
+
+    z (B, z_dim), c (B,), prior Camera, choice (B,) of the depth candidate, patch (None: the whole image)
+    -> image (B, 4, P, P): RGB and adapted depth (3 channels without depth), w (B, w_dim)
+    """
+    cfg = G.cfg
+    camera = G.pose(prior, z, c)
+    w = G.mapping(z, c)
+    with autocast(cfg, z.device):
+        planes = G.backbone(w, noise="random" if G.training else "const")
+    rgb, depth = G.render(planes, camera, cfg.resolution if patch is None else cfg.patch_resolution, patch)
+    if G.depth_adaptor is None:
+        return rgb, w
+    with autocast(cfg, z.device):
+        adapted = G.depth_adaptor(depth, choice)
+    return torch.cat([rgb, adapted.float()], 1), w
+
+
+def autocast(cfg, device):
+    return torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Discriminator with a distillation head (paper section 3.4), and the teacher
+
+class PatchEncoder(nn.Module):
+    """(scale, offset x, offset y), each as sines, cosines and a learned embedding of 1000 x value. (B, 3) -> (B, 828)"""
+
+    def __init__(self):
+        super().__init__()
+        self.const_embed = nn.Embedding(1001, 256)
+        self.fourier_encoder = nn.Module()
+        self.fourier_encoder.register_buffer("fourier_coefs", math.pi * 2.0 ** torch.arange(10) / 1024)
+
+    def forward(self, values):
+        x = values * 1000                                                             # (B, 3)
+        phase = x[..., None] * self.fourier_encoder.fourier_coefs                     # (B, 3, 10)
+        embedded = self.const_embed(x.round().long().clamp(0, 1000))                  # (B, 3, 256)
+        return torch.cat([phase.sin(), phase.cos(), embedded], -1).flatten(1)
+
+
+class DiscriminatorBlock(nn.Module):
+    """Residual block; the second convolution's input is modulated by the patch. down=1 keeps the resolution."""
+
+    def __init__(self, img_channels, in_channels, out_channels, down):
+        super().__init__()
+        self.fromrgb = Conv2d(img_channels, in_channels, 1, leaky_relu) if img_channels else None
+        self.conv0 = Conv2d(in_channels, in_channels, 3, leaky_relu)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, leaky_relu, down=down, gain=math.sqrt(0.5))
+        self.conv1.affine = Linear(512, in_channels)
+        self.skip = Conv2d(in_channels, out_channels, 1, bias=False, down=down, gain=math.sqrt(0.5))
+
+    def forward(self, x, h):  # (B, in, H, W), (B, 512) -> (B, out, H/down, W/down)
+        if self.fromrgb is not None:
+            x = self.fromrgb(x)
+        y = self.conv0(x)
+        y = y * (1 + self.conv1.affine(h).tanh())[:, :, None, None].to(y.dtype)
+        return self.skip(x) + self.conv1(y)
+
+
+def minibatch_std(x):
+    """Append the mean standard deviation over groups of consecutive images as a channel. (B, C, H, W) -> (B, C+1, H, W)"""
+    B, C, H, W = x.shape
+    group = x.view(-1, min(MBSTD_GROUP, B), C, H, W)
+    std = (group.var(dim=1, unbiased=False) + 1e-8).sqrt().mean(dim=(1, 2, 3))         # (B / 4,)
+    std = std.repeat_interleave(group.shape[1]).view(B, 1, 1, 1).expand(-1, 1, H, W)
+    return torch.cat([x, std], 1)
+
+
+class DiscriminatorEpilogue(nn.Module):
+    """4x4 features -> score vector, and the prediction of the teacher's features."""
+
+    def __init__(self, in_channels, teacher_dim):
+        super().__init__()
+        self.conv = Conv2d(in_channels + 1, in_channels, 3, leaky_relu)
+        self.fc = Linear(in_channels * 16, in_channels, leaky_relu)
+        self.out = Linear(in_channels, in_channels)
+        self.feat_out = nn.Sequential(Linear(in_channels * 16, in_channels, leaky_relu),
+                                      Linear(in_channels, teacher_dim)) if teacher_dim else None
+
+    def forward(self, x):  # (B, C, 4, 4) -> (B, C), (B, teacher_dim) or None
+        x = self.conv(minibatch_std(x)).flatten(1)
+        return self.out(self.fc(x)), self.feat_out(x) if self.feat_out is not None else None
+
+
+class Discriminator(nn.Module):
+    """StyleGAN2's residual discriminator on patches, as wide as one for whole images: the first blocks do not downsample."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.num_classes = cfg.num_classes
+        img_channels = 3 if cfg.depth == "none" else 4
+        self.scalar_enc = PatchEncoder()
+        self.hyper_mod_mapping = MappingNetwork(0, 828, 512)
+        self.resolutions = [2 ** i for i in range(int(math.log2(cfg.resolution)), 2, -1)]
+        for r in self.resolutions:
+            setattr(self, f"b{r}", DiscriminatorBlock(
+                img_channels if r == cfg.resolution else 0, channels(cfg, r), channels(cfg, r // 2),
+                down=2 if r <= cfg.patch_resolution else 1))
+        self.head_mapping = MappingNetwork(0, 828 + cfg.num_classes, channels(cfg, 4))
+        self.b4 = DiscriminatorEpilogue(channels(cfg, 4), cfg.teacher_dim)
+
+    def forward(self, image, c, patch):
+        """image (B, 3 or 4, P, P), c int64 (B,), Patch -> score (B,), predicted teacher features (B, teacher_dim) or None"""
+        code = self.scalar_enc(torch.cat([patch.scale[:, None], patch.offset], 1))     # (B, 828)
+        h = self.hyper_mod_mapping(None, code)
+        x = image
+        for r in self.resolutions:
+            x = getattr(self, f"b{r}")(x, h)
+        x, features = self.b4(x.to(code.dtype))
+        if self.num_classes:
+            code = torch.cat([F.one_hot(c, self.num_classes).to(code.dtype), code], 1)
+        m = self.head_mapping(None, code)
+        return (x * m).sum(1) / math.sqrt(m.shape[1]), features
+
+
+class Teacher(nn.Module):
+    """A frozen timm classifier's pooled features of whole images in [-1, 1]. (B, 3, H, W) -> (B, teacher_dim)"""
+
+    def __init__(self, name, weights=""):
+        super().__init__()
+        import timm  # only who distils needs it; its import takes seconds
+        if name not in timm.list_models():
+            raise UserError(f"--teacher {name}: timm has no model of that name; see timm.list_models()")
+        if weights:
+            self.model = timm.create_model(name, pretrained=False, num_classes=0)
+            state = load_tensors(weights, "--teacher-weights")
+            own = self.model.state_dict()
+            wrong = [k for k in own if k not in state or state[k].shape != own[k].shape]
+            if wrong:
+                raise UserError(f"--teacher-weights {weights}: not weights of {name}: {len(wrong)} parameters are "
+                                f"missing or of another shape, the first is {wrong[0]}")
+            self.model.load_state_dict({k: state[k] for k in own})
+        else:
+            try:
+                self.model = timm.create_model(name, pretrained=True, num_classes=0)
+            except Exception as e:  # timm and the hub raise many kinds
+                raise UserError(f"--teacher {name}: its weights could not be downloaded ({type(e).__name__}); give a "
+                                "local file with --teacher-weights, or --teacher none") from None
+        self.eval().requires_grad_(False)
+        data = timm.data.resolve_model_data_config(self.model)
+        self.size, self.dim = data["input_size"][-1], self.model.num_features
+        self.register_buffer("mean", torch.tensor(data["mean"]).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(data["std"]).view(3, 1, 1), persistent=False)
+
+    @torch.no_grad()
+    def forward(self, image):
+        x = F.interpolate(image, (self.size, self.size), mode="bicubic", antialias=True)
+        return self.model(((x + 1) / 2 - self.mean) / self.std).float()
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Losses (paper section 3.5)
+
+def blur(image, sigma):
+    """Separable blur with taps 2^-(x / sigma)², |x| <= floor(3 sigma), zero padding. (B, C, H, W) -> the same"""
+    if 3 * sigma < 1:
+        return image
+    radius = math.floor(3 * sigma)
+    x = torch.arange(-radius, radius + 1, device=image.device)
+    taps = (2.0 ** -(x / sigma).square()).to(image.dtype)
+    taps = (taps / taps.sum()).expand(image.shape[1], 1, -1)
+    image = F.conv2d(image, taps[:, :, None], padding=(0, radius), groups=image.shape[1])
+    return F.conv2d(image, taps[:, :, :, None], padding=(radius, 0), groups=image.shape[1])
+
+
+def r1_penalty(score, image):
+    """Squared norm of the score's gradient with respect to the image (Mescheder et al. 2018). -> (B,)"""
+    return torch.autograd.grad(score.sum(), image, create_graph=True)[0].square().sum((1, 2, 3))
+
+
+def distillation_distance(predicted, target):
+    """L2 distance of predicted and teacher features (paper section 3.4). (B, F), (B, F) -> (B,)"""
+    return (predicted - target).norm(dim=1)
+
+
+def draw_latents(cfg, n, labels, device):
+    """n draws of z ~ N(0, I), a class by the data's frequencies, and a prior camera."""
+    z = torch.randn(n, cfg.z_dim, device=device)
+    c = labels[torch.randint(len(labels), (n,))] if cfg.num_classes else torch.zeros(n, dtype=torch.int64)
+    return z, c.to(device), sample_camera_prior(cfg, n, device)
+
+
+def camera_regularizer(G, labels, kimg, device):
+    """What keeps the camera posterior from collapsing (paper section 3.2) -> loss, {name: (6,) or scalar} to log
+
+    256 samples measure the mean direction, the first 64 of them the spread.
+    """
+    cfg = G.cfg
+    z, c, prior = draw_latents(cfg, 256, labels, device)
+    posterior = G.camera_generator(prior, z, c)
+    angles = torch.stack([posterior.yaw, posterior.pitch], 1).mean(0)
+    center = (angles - camera_ranges(cfg, device)[:2].mean(1)).norm()
+    emd = camera_emd(rows(prior, 0, 64), rows(posterior, 0, 64))
+    spread = (camera_gradient_penalty(G.camera_generator, rows(prior, 0, 64), z[:64], c[:64])
+              if cfg.camera_reg == "grad" else emd)
+    yaw, pitch, fov, look_at = cfg.camera_reg_weights
+    weights = torch.tensor([yaw, pitch, fov, look_at, look_at, look_at], device=device)
+    if cfg.camera_reg == "emd" and cfg.camera_reg_units == "range":
+        low, high = camera_ranges(cfg, device).unbind(1)
+        weights = weights / (high - low).square()
+    loss = cfg.camera_center * center
+    if cfg.camera_reg != "none":
+        loss = loss + schedules(cfg, kimg)["camera_reg_weight"] * (weights * spread).sum()
+    p = camera_parameters(posterior).detach()
+    return loss, dict(camera_reg=loss.detach(), camera_center=center.detach(), camera_emd=emd.detach(),
+                      camera_mean=p.mean(0), camera_std=p.std(0))
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Metrics: what a run logs about itself
+
+class FeatureMoments:
+    """Mean and covariance of features, in float64, summed over processes."""
+
+    def __init__(self):
+        self.n, self.sum, self.outer = 0, 0, 0
+
+    def add(self, x):  # (B, F)
+        x = x.double()
+        self.n, self.sum, self.outer = self.n + len(x), self.sum + x.sum(0), self.outer + x.t() @ x
+
+    def result(self):
+        total = torch.cat([torch.full_like(self.sum[:1], self.n), self.sum, self.outer.flatten()])
+        if dist.is_initialized():
+            dist.all_reduce(total)
+        n, f = total[0], len(self.sum)
+        mean = total[1:f + 1] / n
+        return mean, (total[f + 1:].view(f, f) - n * torch.outer(mean, mean)) / (n - 1)
+
+
+def frechet_distance(a, b):
+    """Frechet distance of two Gaussians, each a (mean (F,), covariance (F, F)) in float64."""
+    (mean_a, cov_a), (mean_b, cov_b) = a, b
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.t()
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()    # trace of the root of cov_a cov_b
+    return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
+
+
+def non_flatness_score(depth, near, far, bins=64):
+    """exp of the entropy of each depth map's histogram: 1 is a flat wall (paper section 4). (B, ...) -> (B,)"""
+    index = ((depth.flatten(1).clamp(near, far) - near) / (far - near) * bins).long().clamp(max=bins - 1)
+    p = F.one_hot(index, bins).double().mean(1)
+    return torch.special.entr(p).sum(1).exp()
+
+
+def wasserstein_1d(a, b):
+    """First Wasserstein distance of two sets of scalars of equal size, per column. (n, K), (n, K) -> (K,)"""
+    return (a.sort(0).values - b.sort(0).values).abs().mean(0)
+
+
+def small_rgbd(image):
+    """8x8 area averages of RGB-D: 256 numbers that say whether things have the right place, colour and depth."""
+    return F.adaptive_avg_pool2d(image, 8).flatten(1)
+
+
+def load_items(data, indices, device):
+    batch = collate([data[i] for i in indices])
+    if "image" not in batch:
+        raise UserError(f"no readable image among {ImageData.MAX_BAD_RUN} in a row; the first is {batch['bad'][0]}")
+    batch["rgb"] = batch["image"].to(device).float() / 127.5 - 1
+    batch["rgbd"] = torch.cat([batch["rgb"], batch["depth"].to(device)], 1) if "depth" in batch else batch["rgb"]
+    return batch
+
+
+@torch.no_grad()
+def evaluate(G, data, teacher, labels, rank, world, device, cache):
+    """Distances between renders of G (in evaluation mode) and the data, over all processes. -> {name: number or list}
+
+    `cache` (a dict) keeps the real side. Draws are the same at every call and do not depend on the number of processes.
+    """
+    cfg, size = G.cfg, 16
+    n = min(cfg.eval_images, len(data))
+    chunks = [(b, list(range(b, min(b + size, n)))) for b in range(rank * size, n, world * size)]
+    shuffled = np.random.default_rng(0).permutation(len(data))
+    out = {}
+    if "rgbd" not in cache:
+        real = {name: FeatureMoments() for name in ("rgbd", "teacher", "depth")}
+        for _, chunk in tqdm(chunks, desc="measuring the data", unit="batch", disable=rank > 0, leave=False):
+            batch = load_items(data, [int(shuffled[i]) for i in chunk], device)
+            real["rgbd"].add(small_rgbd(batch["rgbd"]))
+            if "depth" in batch:
+                real["depth"].add(small_rgbd(batch["rgbd"][:, 3:]))
+            if teacher is not None:
+                real["teacher"].add(teacher(batch["rgb"]))
+        cache.update({name: m.result() for name, m in real.items() if isinstance(m.sum, torch.Tensor)})
+    fake = {name: FeatureMoments() for name in ("rgbd", "teacher", "depth", "raw", "nfs")}
+    last = torch.full((size,), 3, device=device)
+    for first, chunk in tqdm(chunks, desc="measuring samples", unit="batch", disable=rank > 0, leave=False):
+        seed_draws(cfg.seed, -1, "evaluate", first)
+        z, c, prior = draw_latents(cfg, len(chunk), labels, device)
+        rgb, depth = G.render(G.backbone(G.mapping(z, c)), G.pose(prior, z, c), cfg.resolution)
+        fake["nfs"].add(non_flatness_score(depth, cfg.near, cfg.far)[:, None])
+        if teacher is not None:
+            fake["teacher"].add(teacher(rgb.clamp(-1, 1)))
+        if G.depth_adaptor is not None:
+            adapted = G.depth_adaptor(depth, last[:len(chunk)])
+            fake["depth"].add(small_rgbd(adapted))
+            fake["raw"].add(small_rgbd(G.depth_adaptor.normalize(depth)))
+            rgb = torch.cat([rgb, adapted], 1)
+        fake["rgbd"].add(small_rgbd(rgb))
+    fake = {name: m.result() for name, m in fake.items() if isinstance(m.sum, torch.Tensor)}
+    out["fd_rgbd8"] = frechet_distance(cache["rgbd"], fake["rgbd"])
+    if teacher is not None:
+        out["fd_teacher"] = frechet_distance(cache["teacher"], fake["teacher"])
+    if G.depth_adaptor is not None:  # is adapted depth closer to estimated depth than raw depth is?
+        out["fd_depth8_raw"] = frechet_distance(cache["depth"], fake["raw"])
+        out["fd_depth8_adapted"] = frechet_distance(cache["depth"], fake["depth"])
+    out["nfs"] = float(fake["nfs"][0])
+    if isinstance(data, ShapesData):
+        out.update(evaluate_truth(G, data, labels, device))
+    return out
+
+
+@torch.no_grad()
+def evaluate_truth(G, data, labels, device, n=1024):
+    """Where the truth is known: distance of the camera posterior and of the prior to the true cameras, and of adapted and
+    raw true depth to the estimated one (mean absolute difference)."""
+    cfg, out = G.cfg, {}
+    seed_draws(cfg.seed, -1, "evaluate_truth", 0)
+    z, c, prior = draw_latents(cfg, n, labels, device)
+    true = data.true_cameras(n).to(device)
+    for name, camera in (("posterior", G.pose(prior, z, c)), ("prior", prior)):
+        p, q = camera_parameters(camera), true.clone()
+        p[:, :2], q[:, :2] = p[:, :2] - p[:, :2].mean(0), q[:, :2] - q[:, :2].mean(0)   # the scene can turn instead
+        out[f"camera_w1_{name}"] = wasserstein_1d(p, q).tolist()
+        out[f"camera_mean_{name}"] = camera_parameters(camera).mean(0).tolist()
+        out[f"camera_std_{name}"] = camera_parameters(camera).std(0).tolist()
+    if G.depth_adaptor is not None:
+        batch = load_items(data, range(64), device)
+        true_depth, estimate = batch["true_depth"].to(device), batch["depth"].to(device)
+        adapted = G.depth_adaptor.candidates(true_depth)
+        out["depth_error_raw"] = float((adapted[0] - estimate).abs().mean())
+        out["depth_error_adapted"] = float((adapted[3] - estimate).abs().mean())
+    return out
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+
+@contextlib.contextmanager
+def atomic(path):
+    """Write to a temporary file beside `path` that takes its name only when all went well."""
+    path = Path(path)
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield tmp
+        os.replace(tmp, path)
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror or e}; what was there before is untouched") from None
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def load_tensors(path, flag):
+    """torch.load that runs no code, with one clear line when it fails."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # a damaged or foreign file raises anything
+        reason = "no such file" if isinstance(e, FileNotFoundError) else f"not a readable file of tensors ({type(e).__name__})"
+        raise UserError(f"{flag} {path}: {reason}") from None
+
+
+def seed_draws(seed, step, phase, micro):
+    """All random draws that follow are a function of these four: a run can be resumed, and split over any number of
+    processes that use the same batch_gpu, without changing them."""
+    entropy = [seed, step + 1, int.from_bytes(phase.encode(), "little"), micro]
+    torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1))
+
+
+def average_gradients(module, world):
+    """Mean of the gradients over processes (data parallel), then non-finite ones replaced. -> how many were not finite
+
+    Everything goes through one flat tensor; parameters that took no part count as zero.
+    """
+    params = [p for p in module.parameters() if p.requires_grad]
+    flat = torch.cat([p.grad.flatten() if p.grad is not None else torch.zeros_like(p).flatten() for p in params])
+    if world > 1:
+        dist.all_reduce(flat)
+        flat /= world
+    bad = (~flat.isfinite()).sum()
+    torch.nan_to_num(flat, nan=0.0, posinf=1e5, neginf=-1e5, out=flat)
+    for p, g in zip(params, flat.split([p.numel() for p in params])):
+        p.grad = g.view_as(p)
+    return bad
+
+
+class Averages:
+    """Running means of what is logged, over steps and processes. Every process must add the same names."""
+
+    def __init__(self):
+        self.values = {}
+
+    def add(self, **values):
+        for name, v in values.items():
+            self.values.setdefault(name, []).append(torch.as_tensor(v, dtype=torch.float32).detach())
+
+    def result(self, device, world):
+        names = sorted(self.values)
+        means = [torch.stack([v.to(device) for v in self.values[name]]).mean(0) for name in names]
+        flat = torch.cat([m.flatten() for m in means])
+        if world > 1:
+            dist.all_reduce(flat)
+            flat /= world
+        parts = flat.split([m.numel() for m in means])
+        self.values = {}
+        return {n: float(p) if m.ndim == 0 else [float(x) for x in p] for n, m, p in zip(names, means, parts)}
+
+
+def generator_step(G, D, opt_g, labels, patches, step, kimg, first_micro, share, micro, world, stats):
+    """One update of G. -> the fakes it made, for the discriminator's step: one pass of the generator serves both."""
+    cfg, device = G.cfg, next(G.parameters()).device
+    sigma = schedules(cfg, kimg)["blur_sigma"]
+    G.density_noise = schedules(cfg, kimg)["density_noise"]
+    D.requires_grad_(False)
+    opt_g.zero_grad(set_to_none=True)
+    fakes, w_sum = [], 0
+    for m in range(share // micro):
+        seed_draws(cfg.seed, step, "generator", first_micro + m)
+        z, c, prior = draw_latents(cfg, micro, labels, device)
+        choice = sample_adaptor_choice(cfg, micro, kimg, device)
+        patch = rows(patches, m * micro, (m + 1) * micro)
+        image, w = synthesize(G, z, c, prior, choice, patch)
+        with autocast(cfg, device):
+            score = D(blur(image, sigma), c, patch)[0].float()
+        loss = F.softplus(-score).mean()                    # non-saturating: -log(sigmoid(score))
+        (loss * (micro / share)).backward()
+        fakes.append((image.detach(), c))
+        w_sum = w_sum + w.detach().sum(0)
+        stats.add(loss_g=loss, score_fake=score.mean(), fake_std=image.detach().std(),
+                  depth_choice=F.one_hot(choice, 4).float().mean(0))
+    if G.camera_generator is not None:
+        seed_draws(cfg.seed, step, "camera", 0)               # the same draws in every process
+        loss, log = camera_regularizer(G, labels, kimg, device)
+        loss.backward()
+        stats.add(**log)
+    if G.depth_adaptor is not None:
+        stats.add(near_offset=G.depth_adaptor.near_offset().mean())
+    bad = average_gradients(G, world)
+    opt_g.step()
+    w_mean = w_sum / share
+    if world > 1:
+        dist.all_reduce(w_mean)
+        w_mean /= world
+    G.mapping_network.w_avg.lerp_(w_mean, 1 - 0.998)
+    stats.add(nonfinite_g=bad)
+    return fakes
+
+
+def discriminator_step(D, cfg, opt_d, teacher, real, labels, fakes, patches, scale_mean, step, kimg, world, stats):
+    """One update of D: real and fake scores, distillation on the whole real image, R1 every r1_interval steps."""
+    now = schedules(cfg, kimg)
+    lazy_r1 = step % cfg.r1_interval == 0
+    D.requires_grad_(True)
+    opt_d.zero_grad(set_to_none=True)
+    for m, (fake, fake_c) in enumerate(fakes):
+        n = len(fake)
+        patch, whole, c = rows(patches, m * n, (m + 1) * n), real[m * n:(m + 1) * n], labels[m * n:(m + 1) * n]
+        with autocast(cfg, fake.device):
+            score = D(blur(fake, now["blur_sigma"]), fake_c, patch)[0].float()
+        loss = F.softplus(score).mean()                     # -log(1 - sigmoid(score))
+        (loss / len(fakes)).backward()
+        stats.add(loss_d_fake=loss)
+        image = blur(extract_patch(whole, patch, cfg.patch_resolution), now["blur_sigma"]).detach().requires_grad_(lazy_r1)
+        with contextlib.nullcontext() if lazy_r1 else autocast(cfg, fake.device):
+            score, predicted = D(image, c, patch)           # R1's double backward runs in full precision
+        real_loss = F.softplus(-score.float()).mean()
+        loss = real_loss
+        if teacher is not None:
+            distance = distillation_distance(predicted.float(), teacher(whole[:, :3]))
+            loss = loss + now["kd_weight"] * (distance * patch.scale / scale_mean).mean()
+            stats.add(kd_distance=distance.mean())
+        if lazy_r1:
+            penalty = r1_penalty(score, image).mean()
+            loss = loss + penalty * (cfg.r1_gamma / 2 * cfg.r1_interval)
+            stats.add(r1=penalty)
+        (loss / len(fakes)).backward()
+        stats.add(loss_d_real=real_loss, score_real=score.mean())
+    bad = average_gradients(D, world)
+    opt_d.step()
+    stats.add(nonfinite_d=bad)
+
+
+@torch.no_grad()
+def update_ema(ema, G, batch_size, kimg, cfg):
+    half_life = min(cfg.ema_kimg, kimg * cfg.ema_rampup) * 1000
+    beta = 0.5 ** (batch_size / max(half_life, 1e-8))
+    torch._foreach_lerp_(list(ema.parameters()), list(G.parameters()), 1 - beta)
+    for e, b in zip(ema.buffers(), G.buffers()):
+        e.copy_(b)
+
+
+def adam(params, lr, interval=None):
+    """Adam with betas (0, 0.99); lr and betas corrected for a regulariser computed every `interval` steps."""
+    ratio = interval / (interval + 1) if interval else 1.0
+    return torch.optim.Adam(params, lr=lr * ratio, betas=(0.0, 0.99 ** ratio), eps=1e-8)
+
+
+# On resuming, these options may be set anew; all others are the checkpoint's.
+FREE_ON_RESUME = {"out", "resume", "device", "workers", "kimg", "snapshot_kimg", "log_kimg", "eval_images", "precision",
+                  "teacher_weights", "batch_gpu", "data"}
+
+
+def checkpoint_path(out, images):
+    return Path(out) / f"checkpoint-{images / 1000:010.3f}.pt"
+
+
+def save_checkpoint(out, cfg, state, modules):
+    """A dict of plain tensors and numbers. Random states need no place in it: see seed_draws."""
+    path = checkpoint_path(out, state["images"])
+    with atomic(path) as tmp:
+        try:
+            torch.save(dict(config=dataclasses.asdict(cfg), **state, **{k: m.state_dict() for k, m in modules.items()}), tmp)
+        except RuntimeError as e:  # how torch reports a full disk
+            raise OSError(str(e).splitlines()[0]) from None
+    return path
+
+
+def load_checkpoint(path):
+    state = load_tensors(path, "--resume")
+    if not isinstance(state, dict) or not {"config", "step", "images", "G", "D", "G_ema", "opt_g", "opt_d"} <= set(state):
+        raise UserError(f"--resume {path}: not a checkpoint of this program")
+    return state
+
+
+def distributed():
+    """-> rank, processes, and the rank on this machine, as torchrun says."""
+    env = os.environ
+    return int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1)), int(env.get("LOCAL_RANK", 0))
+
+
+def validate(cfg, world):
+    """Everything about a configuration that can be wrong, before anything is built."""
+    def check(ok, message):
+        if not ok:
+            raise UserError(message)
+    for name in ("resolution", "patch_resolution", "triplane_resolution"):
+        v = getattr(cfg, name)
+        check(v >= 8 and v & (v - 1) == 0, f"--{name.replace('_', '-')} {v}: must be a power of two, 8 or more")
+    check(cfg.patch_resolution <= cfg.resolution,
+          f"--patch-resolution {cfg.patch_resolution}: larger than --resolution {cfg.resolution}")
+    for name in ("batch_size", "batch_gpu", "triplane_features", "channel_base", "channel_max", "adaptor_channels", "z_dim",
+                 "w_dim", "r1_interval", "kimg", "snapshot_kimg", "log_kimg"):
+        check(getattr(cfg, name) > 0, f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be positive")
+    check(cfg.channel_base >= max(cfg.resolution, cfg.triplane_resolution),
+          f"--channel-base {cfg.channel_base}: leaves no channel at the highest resolution")
+    check(cfg.coarse_samples >= 3 and cfg.fine_samples >= 1, "--coarse-samples must be 3 or more, --fine-samples 1 or more")
+    check(cfg.near < cfg.far, f"--near {cfg.near}: must be less than --far {cfg.far}")
+    check(cfg.batch_size % world == 0, f"--batch-size {cfg.batch_size}: not divisible by {world} processes")
+    share = cfg.batch_size // world
+    micro = min(cfg.batch_gpu, share)
+    check(micro % MBSTD_GROUP == 0, f"--batch-size {cfg.batch_size} over {world} processes, --batch-gpu {cfg.batch_gpu}: "
+          f"a pass has {micro} images, but must have a multiple of {MBSTD_GROUP} (mini-batch standard deviation)")
+    check(share % micro == 0, f"--batch-gpu {cfg.batch_gpu}: does not divide a process's share of {share} images")
+
+
+def choose_device(cfg, local_rank):
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no GPU that this PyTorch can use; install a CUDA build or leave --device out")
+    if cfg.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_device(local_rank)
+    torch.set_float32_matmul_precision("highest" if cfg.precision == "fp32" else "high")
+    torch.backends.cudnn.allow_tf32 = cfg.precision != "fp32"
+    return torch.device("cuda", local_rank)
+
+
+def any_process(flag, device, world):
+    if world == 1:
+        return flag
+    t = torch.tensor(float(flag), device=device)
+    dist.all_reduce(t, op=dist.ReduceOp.MAX)
+    return bool(t)
+
+
+def train(cfg, resumed=None):
+    """The whole run. `resumed`: the state of a checkpoint to go on from."""
+    rank, world, local_rank = distributed()
+    device = choose_device(cfg, local_rank)
+    data = open_data(cfg)
+    teacher = Teacher(cfg.teacher, cfg.teacher_weights).to(device) if cfg.teacher != "none" else None
+    cfg = dataclasses.replace(cfg, num_classes=data.num_classes, teacher_dim=teacher.dim if teacher else 0)
+    validate(cfg, world)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    share = cfg.batch_size // world
+    micro = min(cfg.batch_gpu, share)
+    say = print if rank == 0 else (lambda *a, **k: None)
+
+    # networks: the same in every process, since the seed is
+    seed_draws(cfg.seed, -1, "init", 0)
+    G, D = Generator(cfg).to(device), Discriminator(cfg).to(device)
+    ema = Generator(cfg).to(device).eval().requires_grad_(False)
+    ema.load_state_dict(G.state_dict())
+    opt_g, opt_d = adam(G.parameters(), cfg.g_lr), adam(D.parameters(), cfg.d_lr, cfg.r1_interval)
+    modules = dict(G=G, D=D, G_ema=ema, opt_g=opt_g, opt_d=opt_d)
+    step, images, seconds_before = 0, 0, 0.0
+    if resumed:
+        for name, module in modules.items():
+            module.load_state_dict(resumed[name])
+        step, images, seconds_before = resumed["step"], resumed["images"], resumed["seconds"]
+    labels = torch.from_numpy(data.labels)
+    total_steps = math.ceil(cfg.kimg * 1000 / cfg.batch_size)
+
+    # the run folder
+    out = Path(cfg.out)
+    if rank == 0:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(f"--out {out}: {e.strerror}") from None
+        with atomic(out / "config.json") as tmp:
+            tmp.write_text(json.dumps(dataclasses.asdict(cfg), indent=2))
+        if resumed and (out / "log.jsonl").exists():  # forget what was logged after the checkpoint
+            lines = (out / "log.jsonl").read_text().splitlines()
+            with atomic(out / "log.jsonl") as tmp:
+                tmp.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["kimg"] <= images / 1000))
+        write_reals(data, labels, device, out / "reals.png")
+    count = sum(p.numel() for p in G.parameters()) / 1e6, sum(p.numel() for p in D.parameters()) / 1e6
+    say(f"{cfg.data}: {len(data):,} images, {cfg.num_classes or 'no'} classes; {cfg.resolution}², patches "
+        f"{cfg.patch_resolution}², {'RGB and depth' if cfg.depth != 'none' else 'RGB alone'}; teacher {cfg.teacher}\n"
+        f"G {count[0]:.1f} M, D {count[1]:.1f} M parameters; batch {world} x {share // micro} x {micro} on {device.type}; "
+        f"writing to {out}")
+
+    loader = torch.utils.data.DataLoader(
+        MirroredData(data), batch_sampler=Batches(cfg, len(data), step, rank, world), num_workers=cfg.workers,
+        collate_fn=collate, pin_memory=device.type == "cuda", persistent_workers=cfg.workers > 0)
+    stats, bad_names, cache, start = Averages(), {}, {}, time.time()   # bad_names: name -> already said
+    stop = []
+    handlers = {s: signal.signal(s, lambda *_: stop.append(1)) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def log(entry):
+        if rank == 0:
+            with open(out / "log.jsonl", "a") as f:
+                f.write(json.dumps({"kimg": round(images / 1000, 3), **entry}) + "\n")
+
+    def snapshot(checkpoint=True):
+        if rank == 0:
+            if checkpoint:
+                save_checkpoint(out, cfg, dict(step=step, images=images,
+                                               seconds=seconds_before + time.time() - start), modules)
+            write_samples(ema, labels, device, out / f"samples-{images / 1000:010.3f}.png")
+        if cfg.eval_images:
+            result = evaluate(ema, data, teacher, labels, rank, world, device, cache)
+            log(dict(metrics=result))
+            say(f"{images / 1000:g} kimg: " + ", ".join(f"{k} {v:.4g}" for k, v in result.items()
+                                                          if isinstance(v, float)), flush=True)
+
+    def crossed(every):
+        return images // round(every * 1000) > (images - cfg.batch_size) // round(every * 1000)
+
+    if not resumed:
+        snapshot(checkpoint=False)
+    bar = tqdm(total=total_steps * cfg.batch_size, initial=images, unit="img", disable=rank > 0,
+               mininterval=0.5 if sys.stderr.isatty() else 30)
+    tick_time, tick_images, first = time.time(), images, rank * share
+    with bar:
+        for batch in loader:
+            if step >= total_steps:
+                break
+            for name in batch["bad"]:
+                bad_names.setdefault(name, False)
+            if "image" not in batch:
+                raise UserError(f"--data {cfg.data}: {ImageData.MAX_BAD_RUN} images in a row (or all) are unreadable, the "
+                                f"first is {batch['bad'][0]}")
+            kimg = images / 1000
+            real = batch["image"].to(device, non_blocking=True).float() / 127.5 - 1
+            if cfg.depth != "none":
+                real = torch.cat([real, batch["depth"].to(device, non_blocking=True)], 1)  # (B, 4, R, R)
+            # reals and fakes have the same patches; those of the whole batch are drawn in every process, since the
+            # distillation's weight needs their mean scale
+            seed_draws(cfg.seed, step, "patches", 0)
+            patches = sample_patch(cfg, cfg.batch_size, kimg)
+            scale_mean = float(patches.scale.mean())
+            patches = Patch(*(t.to(device) for t in rows(patches, first, first + share)))
+            fakes = generator_step(G, D, opt_g, labels, patches, step, kimg, first // micro, share, micro, world, stats)
+            discriminator_step(D, cfg, opt_d, teacher, real, batch["label"].to(device), fakes, patches, scale_mean, step,
+                               kimg, world, stats)
+            step, images = step + 1, images + cfg.batch_size
+            update_ema(ema, G, cfg.batch_size, images / 1000, cfg)
+            bar.update(cfg.batch_size)
+            # log, snapshot, stop: all processes decide alike
+            done = any_process(bool(stop), device, world) or step == total_steps
+            if done or crossed(cfg.log_kimg):
+                check_readable(bad_names, images, cfg, rank, world)
+                now = time.time()
+                entry = dict(stats.result(device, world), seconds=round(seconds_before + now - start, 1),
+                             images_per_second=round((images - tick_images) / (now - tick_time), 2),
+                             memory_mb=peak_memory(device), unreadable=len(bad_names),
+                             schedules=schedules(cfg, images / 1000))
+                tick_time, tick_images = now, images
+                log(entry)
+                shown = ("loss_g", "score_real", "score_fake", "kd_distance")
+                bar.set_postfix({k: f"{entry[k]:.3g}" for k in shown if k in entry})
+            if done or crossed(cfg.snapshot_kimg):
+                snapshot()
+                tick_time, tick_images = time.time(), images
+            if done:
+                break
+    for s, handler in handlers.items():
+        signal.signal(s, handler)
+    picture = f"samples-{images / 1000:010.3f}.png"
+    say(f"{'finished' if step >= total_steps else 'stopped'} at {images / 1000:g} kimg after "
+        f"{(seconds_before + time.time() - start) / 60:.1f} minutes; see {out / picture}"
+        + ("" if step >= total_steps else f"; go on with --resume latest --out {out}"))
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def peak_memory(device):
+    """Of this process, in MB: device memory on a GPU, resident memory on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) >> 20
+    import resource  # not on every system, and needed on CPUs alone
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+
+
+def check_readable(bad_names, images, cfg, rank, world):
+    """Share the names of unreadable images and name each once; stop if more than 1% of the first 1000 are bad."""
+    known = {name for name, said in bad_names.items() if said}
+    if world > 1:
+        parts = [None] * world
+        dist.all_gather_object(parts, list(bad_names))
+        bad_names.update({name: bad_names.get(name, False) for part in parts for name in part})
+    for name in sorted(set(bad_names) - known):
+        bad_names[name] = True
+        if rank == 0:
+            tqdm.write(f"skipped, unreadable: {name}", file=sys.stderr)
+    if len(bad_names) > 10 and images <= 1000:
+        raise UserError(f"--data {cfg.data}: {len(bad_names)} of the first {images} images are unreadable; mend the data")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sampling: pictures
+
+def to_picture(rgb, depth=None, near=None, far=None):
+    """rgb (3, H, W) in [-1, 1] and, below it, depth (1, H, W), near black and far white. -> uint8 (H or 2H, W, 3)"""
+    x = (rgb.clamp(-1, 1) + 1) / 2
+    if depth is not None:
+        x = torch.cat([x, ((depth - near) / max(far - near, 1e-6)).clamp(0, 1).expand(3, -1, -1)], 1)
+    return (x * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+
+
+def write_grid(cells, columns, path, at_least=96):
+    """A PNG of equal pictures (H, W, 3), row by row; small ones enlarged without smoothing so that pixels stay visible."""
+    rows_ = [np.concatenate(cells[i:i + columns], 1) for i in range(0, len(cells) - columns + 1, columns)]
+    image = PIL.Image.fromarray(np.concatenate(rows_, 0))
+    zoom = -(-at_least // cells[0].shape[1])
+    with atomic(path) as tmp:
+        image.resize((image.width * zoom, image.height * zoom), PIL.Image.NEAREST).save(tmp, "PNG")
+
+
+def grid_indices(labels, n):
+    """n indices of samples, going round the classes."""
+    if not len(labels):
+        return list(range(n))
+    classes, first = np.unique(labels, return_index=True)
+    by_class = [np.flatnonzero(labels == c) for c in classes[:n]]
+    return [int(by_class[i % len(by_class)][i // len(by_class) % len(by_class[i % len(by_class)])]) for i in range(n)]
+
+
+def write_reals(data, labels, device, path):
+    indices = [i % len(data) for i in grid_indices(labels.numpy(), 32)]
+    batch = load_items(data, indices, device)
+    depth = batch["depth"] if "depth" in batch else [None] * len(indices)
+    write_grid([to_picture(rgb, d if d is None else d.to(device), -1, 1) for rgb, d in zip(batch["rgb"], depth)], 16, path)
+
+
+@torch.no_grad()
+def write_samples(G, labels, device, path, scenes=16, views=4):
+    """A grid of fixed z and classes: RGB over depth, `views` views of a scene side by side, 4 scenes in a row.
+
+    The views turn about each scene by 0.3 radians to both sides of the posterior camera's mean yaw.
+    """
+    cfg, cells = G.cfg, []
+    seed_draws(cfg.seed, -1, "samples", 0)
+    z, _, prior = draw_latents(cfg, scenes, labels, device)
+    present = torch.unique(labels) if cfg.num_classes else torch.zeros(1, dtype=torch.int64)
+    c = present[torch.arange(scenes) % len(present)].to(device)
+    camera = G.pose(prior, z, c)
+    offsets = torch.linspace(-0.3, 0.3, views)
+    for i in range(scenes):
+        planes = G.backbone(G.mapping(z[i:i + 1], c[i:i + 1]))
+        pose = rows(camera, i, i + 1)
+        shots = [G.render(planes, pose._replace(yaw=camera.yaw.mean()[None] + o), cfg.resolution) for o in offsets.to(device)]
+        near, far = (float(f(d for d in (getattr(s[1], n)() for s in shots))) for f, n in ((min, "min"), (max, "max")))
+        cells += [to_picture(rgb[0], depth[0], near, far) for rgb, depth in shots]
+    write_grid(cells, 4 * views, path)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Main: the command line
+
+def parse_arguments(argv):
+    """-> mode, {field: value} of the options given"""
+    parser = argparse.ArgumentParser(
+        prog="3dgp.py", description="3DGP: a 3D GAN for any category, from unposed photographs. Modes: train (default); "
+        "sample, eval and bench are not there yet.", argument_default=argparse.SUPPRESS,
+        epilog="Defaults are the published ones at 256²; --preset and --data change them: " + "; ".join(
+            f"{name}: " + ", ".join(f"{k} {v}" for k, v in {**PRESETS, **DATA_PRESETS}[name].items())
+            for name in ("tiny", "small", "imagenet", "dogs")))
+    parser.add_argument("mode", nargs="?", default="train", choices=("train", "sample", "eval", "bench"))
+    types = typing.get_type_hints(Config)
+    for f in dataclasses.fields(Config):
+        flag, type_ = "--" + f.name.replace("_", "-"), types[f.name]
+        shown = " ".join(f"{x:g}" for x in f.default) if isinstance(f.default, tuple) else f.default
+        kind = dict(help=f"{f.metadata['help']} (default: {shown})".replace("%", "%%"))
+        if type_ is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **kind)
+        elif typing.get_origin(type_) is tuple:
+            parser.add_argument(flag, type=float, nargs=len(f.default), metavar="X", **kind)
+        else:
+            parser.add_argument(flag, type=type_, choices=f.metadata["choices"],
+                                metavar=None if f.metadata["choices"] else type_.__name__.upper(), **kind)
+    given = vars(parser.parse_args(argv))
+    mode = given.pop("mode")
+    return mode, {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+
+
+def make_config(given):
+    """Defaults, then the data's preset, then the size's preset, then what was given."""
+    data = DATA_PRESETS.get(given.get("data", "shapes"), {})
+    preset = given.get("preset") or data.get("preset", "base")
+    values = {**PRESETS[preset], **{k: v for k, v in data.items() if k != "preset"}, **given, "preset": preset}
+    if values.get("teacher_weights") and "teacher" not in given and values.get("teacher", "none") == "none":
+        values["teacher"] = "tf_efficientnet_lite0"
+    return Config(**values)
+
+
+def run_folders(data):
+    """runs/<data>, runs/<data>-2, ... that hold a run, oldest first."""
+    name = Path(data).stem or "data"
+    found, k = [], 1
+    while (path := Path("runs") / (name if k == 1 else f"{name}-{k}")) and (path / "config.json").exists():
+        found.append(path)
+        k += 1
+    return found, path
+
+
+def resolve(given):
+    """-> Config, and the state to resume from or None. Decides the run folder; refuses to write over another run."""
+    found, free = run_folders(given.get("data", "shapes"))
+    if not given.get("resume"):
+        cfg = make_config(given)
+        if cfg.out and (Path(cfg.out) / "log.jsonl").exists():
+            raise UserError(f"--out {cfg.out}: holds a run already; go on with it by --resume latest, or name another folder")
+        return dataclasses.replace(cfg, out=cfg.out or str(free)), None
+    path = given["resume"]
+    if path == "latest":
+        out = Path(given.get("out") or (found[-1] if found else free))
+        checkpoints = sorted(out.glob("checkpoint-*.pt"))
+        if not checkpoints:
+            raise UserError(f"--resume latest: no checkpoint in {out}")
+        path = checkpoints[-1]
+    state = load_checkpoint(path)
+    try:
+        saved = Config(**state["config"])
+    except TypeError as e:
+        raise UserError(f"--resume {path}: of another version of this program ({e})") from None
+    differing = [f"{k} (there {getattr(saved, k)!r}, here {v!r})" for k, v in given.items()
+                 if k not in FREE_ON_RESUME | {"preset"} and v != getattr(saved, k)]
+    if given.get("preset", saved.preset) != saved.preset:
+        differing.append(f"preset (there {saved.preset!r}, here {given['preset']!r})")
+    if differing:
+        raise UserError(f"--resume {path}: a checkpoint of another configuration: {', '.join(differing)}")
+    free_fields = {k: v for k, v in given.items() if k in FREE_ON_RESUME}
+    return dataclasses.replace(saved, **{"out": str(Path(path).parent), **free_fields, "resume": str(path)}), state
+
+
+def main(argv=None):
+    try:
+        mode, given = parse_arguments(argv)
+        if mode != "train":
+            raise UserError(f"{mode}: not there yet; train writes sample grids and measures as it goes")
+        train(*resolve(given))
+    except UserError as e:
+        if distributed()[0] == 0:
+            print(f"3dgp.py: error: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

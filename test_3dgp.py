@@ -1,0 +1,863 @@
+"""Tests of 3dgp.py: python -m pytest test_3dgp.py
+
+Analytic tests need nothing. The reference section compares with the vectors in the folder that the environment variable
+REFERENCE_VECTORS names, and is skipped without it.
+"""
+import dataclasses
+import importlib.util
+import io
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+import torch.nn.functional as F
+
+HERE = Path(__file__).parent
+SCRIPT = HERE / "3dgp.py"
+spec = importlib.util.spec_from_file_location("tdgp", SCRIPT)
+m = importlib.util.module_from_spec(spec)
+sys.modules["tdgp"] = m
+spec.loader.exec_module(m)
+
+# a configuration that takes milliseconds a step
+MICRO = dict(resolution=16, patch_resolution=8, triplane_resolution=16, triplane_features=4, channel_base=256,
+             channel_max=8, adaptor_channels=4, z_dim=8, w_dim=8, coarse_samples=4, fine_samples=4, batch_size=16,
+             batch_gpu=8, eval_images=0, workers=0, log_kimg=0.016, snapshot_kimg=1000)
+
+
+def micro(**changes):
+    return m.Config(**{**MICRO, "num_classes": 3, **changes})
+
+
+def flags(**options):
+    return [x for k, v in options.items() for x in ("--" + k.replace("_", "-"), str(v))]
+
+
+def run_main(capsys, *argv):
+    """-> exit status and what was printed to standard error"""
+    status = m.main([str(a) for a in argv])
+    return status, capsys.readouterr().err
+
+
+def train_micro(out, *argv, **options):
+    assert m.main(["--out", str(out), *flags(**{**MICRO, **options}), *argv]) == 0
+    return out
+
+
+def checkpoint(out):
+    return torch.load(sorted(Path(out).glob("checkpoint-*.pt"))[-1], weights_only=True)
+
+
+def log(out):
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
+def flatten(tree, prefix=""):
+    if isinstance(tree, dict):
+        return {k: v for key, value in tree.items() for k, v in flatten(value, f"{prefix}/{key}").items()}
+    return {prefix: tree} if isinstance(tree, torch.Tensor) else {}
+
+
+def camera(n=1, yaw=0.0, pitch=math.pi / 2, fov=30.0, look_at=(0.0, math.pi / 2, 0.0)):
+    full = lambda x: torch.full((n,), float(x))
+    return m.Camera(full(yaw), full(pitch), full(fov), full(1), torch.tensor(look_at).expand(n, 3))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Camera, patches
+
+def test_camera_looks_where_it_should():
+    cam = camera(3, yaw=0.4, pitch=1.3, look_at=(0.7, 1.1, 0.15))
+    pose = m.cam2world(cam)
+    target = m.spherical_to_cartesian(*cam.look_at.unbind(1))
+    forward = F.normalize(target - pose[:, :3, 3], dim=1)
+    assert torch.allclose(-pose[:, :3, 2], forward, atol=1e-6)
+    assert torch.allclose(pose[:, :3, :3] @ pose[:, :3, :3].transpose(1, 2), torch.eye(3).expand(3, 3, 3), atol=1e-6)
+    assert torch.allclose(torch.linalg.det(pose[:, :3, :3]), torch.ones(3), atol=1e-6)
+    assert (pose[:, 1, 1] > 0).all() and (pose[:, 1, 0].abs() < 1e-6).all()      # upright, no roll
+    frontal = m.cam2world(camera())[0]
+    assert torch.allclose(frontal[:3, 3], torch.tensor([0.0, 0.0, 1.0]), atol=1e-6)   # yaw 0 lies on +z
+
+
+def test_rays_span_the_field_of_view():
+    origins, rays = m.camera_rays(camera(fov=40.0), 5)
+    rays = rays.view(5, 5, 3)
+    angle = lambda a, b: math.degrees(math.acos(float((a * b).sum())))
+    assert angle(rays[2, 0], rays[2, 2]) == pytest.approx(20, abs=1e-3)
+    assert angle(rays[0, 2], rays[2, 2]) == pytest.approx(20, abs=1e-3)
+    assert rays[2, 4, 0] > 0 and rays[0, 2, 1] > 0                               # x right, first row on top
+    assert torch.allclose(rays.norm(dim=-1), torch.ones(5, 5))
+
+
+def test_patch_of_render_is_patch_of_full_render():
+    cfg = micro()
+    G = m.Generator(cfg).eval()
+    planes = torch.randn(2, 3, 4, 16, 16)
+    patch = m.Patch(torch.full((2,), 0.5), torch.tensor([[0.25, 0.125], [0.0, 0.5]]))
+    with torch.no_grad():
+        full = torch.cat(G.render(planes, camera(2), 33), 1)
+        part = torch.cat(G.render(planes, camera(2), 17, patch), 1)
+    assert torch.allclose(part[0], full[0, :, 12:29, 8:25], atol=1e-5)           # rows are counted from the top
+    assert torch.allclose(part[1], full[1, :, 0:17, 0:17], atol=1e-5)
+    assert torch.allclose(part, m.extract_patch(full, patch, 17), atol=1e-5)
+
+
+def test_prior_and_posterior_stay_in_range():
+    cfg = micro()
+    low, high = m.camera_ranges(cfg).unbind(1)
+    prior = m.sample_camera_prior(cfg, 4000, "cpu")
+    p = m.camera_parameters(prior)
+    assert (p >= low - 1e-4).all() and (p <= high + 1e-4).all()
+    assert torch.allclose(p.min(0).values, low, atol=0.1) and torch.allclose(p.max(0).values, high, atol=0.1)
+    assert p[:, 4].cos().mean().abs() < 0.05                                      # uniform on the sphere: mean height 0
+    assert p[:, 4].cos().square().mean() == pytest.approx(1 / 3, abs=0.03)
+    generator = m.CameraGenerator(cfg)
+    for adaptor in (generator.origin_adaptor, generator.look_at_adaptor):
+        adaptor.main[1].weight.data.mul_(1000)                                    # saturate the sigmoid
+    q = m.camera_parameters(generator(prior, torch.randn(4000, 8), torch.randint(3, (4000,))))
+    assert (q >= low - 1e-5).all() and (q <= high + 1e-5).all()
+    assert q[:, 1].min() > low[1] and q[:, 1].max() < high[1]
+
+
+def test_patch_statistics():
+    cfg = micro(resolution=32)
+    torch.manual_seed(0)
+    early, late = m.sample_patch(cfg, 4000, 0), m.sample_patch(cfg, 4000, cfg.patch_kimg)
+    assert early.scale.mean() > 0.99                                              # whole images
+    assert late.scale.mean() == pytest.approx(0.25 + 0.75 / 1.8, abs=0.02)        # mean of Beta(1, b) is 1 / (1 + b)
+    for patch in (early, late):
+        assert (patch.scale >= 0.25).all() and (patch.scale <= 1).all()
+        assert (patch.offset >= 0).all() and (patch.offset <= 1 - patch.scale[:, None] + 1e-6).all()
+    groups = late.scale.view(-1, 4)
+    assert (groups == groups[:, :1]).all() and len(groups[:, 0].unique()) > 900
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rendering
+
+def test_lone_opaque_plane_renders_at_its_depth():
+    """Density is a steep ramp in z: the decoder reads z off the (x, z) plane. The wall stands at z = 0.1."""
+    cfg = micro(coarse_samples=128, fine_samples=32)
+    G = m.Generator(cfg).eval()
+    planes = torch.zeros(1, 3, 4, 16, 16)
+    planes[:, 1, 0] = torch.linspace(-0.5, 0.5, 16)[:, None]                      # feature 0 of the mean is z / 3
+    first, second = G.decoder.model
+    with torch.no_grad():
+        for p in G.decoder.parameters():
+            p.zero_()
+        first.weight[0, 0], first.weight[1, 0] = 1, -1                            # leaky ReLU of z and of -z
+        second.weight[3, 0], second.weight[3, 1] = -1, 1                          # their difference is linear in z
+        second.weight[3] *= 1e9                                               # opaque within a micrometre
+        unit = float(G.decoder(torch.tensor([[1 / 3, 0, 0, 0]]))[1])              # raw density at z = 1
+        second.bias[3] = -0.1 * unit
+        second.bias[:3] = torch.tensor([0.2, -0.4, 0.6])
+        rgb, depth = G.render(planes, camera(fov=20.0), 9)
+    _, rays = m.camera_rays(camera(fov=20.0), 9)
+    expected = 0.9 / -rays[0, :, 2]
+    assert unit < -1e6
+    assert (depth.flatten() - expected).abs().max() < 0.5 / 127 / 2 * 1.1          # half a coarse interval
+    assert torch.allclose(rgb[0, :, 4, 4], torch.tensor([0.2, -0.4, 0.6]), atol=1e-4)
+
+
+def test_weights_sum_to_one_and_importance_follows_them():
+    depths = torch.linspace(0.75, 1.25, 16).expand(5, 16)
+    weights = m.ray_weights(torch.randn(5, 16), depths)
+    assert torch.allclose(weights.sum(-1), torch.ones(5), atol=1e-5)              # the last sample takes what is left
+    weights = torch.zeros(1, 16)
+    weights[0, 7] = 1
+    fine = m.importance_depths(depths[:1], weights, torch.linspace(0.01, 0.99, 50)[None])
+    low, high = (depths[0, 6] + depths[0, 7]) / 2, (depths[0, 7] + depths[0, 8]) / 2
+    assert (fine >= low - 1e-3).all() and (fine <= high + 1e-3).all()
+
+
+def test_evaluation_is_deterministic_and_training_is_not():
+    cfg = micro()
+    G = m.Generator(cfg)
+    planes = torch.randn(1, 3, 4, 16, 16)
+    G.eval()
+    assert torch.equal(G.render(planes, camera(), 8)[0], G.render(planes, camera(), 8)[0])
+    G.train()
+    assert not torch.equal(G.render(planes, camera(), 8)[0], G.render(planes, camera(), 8)[0])
+
+
+def test_upsampling_is_zero_insertion_and_fir():
+    x = torch.randn(2, 3, 5, 7)
+    spread = torch.zeros(2, 3, 10, 14)
+    spread[:, :, ::2, ::2] = x
+    assert torch.allclose(m.upsample(x), m.fir_filter(F.pad(spread, (2, 1, 2, 1)), 0, gain=4), atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Losses, schedules, metrics
+
+def test_emd_closed_forms():
+    a = torch.randn(64)
+    assert float(m.emd_1d(a, a.flip(0))) == 0
+    assert float(m.emd_1d(a, a + 3)) == pytest.approx(9, rel=1e-5)
+    assert float(m.emd_1d(a, 2 * a)) == pytest.approx(float(a.square().mean()), rel=1e-5)
+    b = torch.randn(5).double()
+    best = min(float((a[:5].double() - b[list(p)]).square().mean()) for p in __import__("itertools").permutations(range(5)))
+    assert float(m.emd_1d(a[:5].double(), b)) == pytest.approx(best, rel=1e-6)
+
+
+def test_gradient_penalty_is_least_when_the_posterior_follows_the_prior():
+    cfg = micro()
+    prior = m.sample_camera_prior(cfg, 16, "cpu")
+    identity = lambda camera, z, c: camera
+    assert torch.allclose(m.camera_gradient_penalty(identity, prior, None, None), torch.full((6,), 2.0), atol=1e-3)
+    shrunk = lambda camera, z, c: camera._replace(yaw=0.01 * camera.yaw)
+    assert m.camera_gradient_penalty(shrunk, prior, None, None)[0] > 50
+
+
+def test_r1_double_backward_by_finite_differences():
+    cfg = micro(channel_max=4)
+    torch.manual_seed(0)
+    D = m.Discriminator(cfg).double()
+    image = torch.randn(4, 4, 8, 8, dtype=torch.float64, requires_grad=True)
+    c, patch = torch.zeros(4, dtype=torch.int64), m.Patch(torch.full((4,), 0.5).double(), torch.zeros(4, 2).double())
+
+    def penalty():
+        return m.r1_penalty(D(image, c, patch)[0], image).sum()
+    for p in (D.b16.conv1.weight, D.b8.conv0.weight, D.b16.conv1.affine.weight, D.b4.fc.weight):
+        gradient = torch.autograd.grad(penalty(), p)[0]
+        direction = torch.randn_like(p)
+        with torch.no_grad():
+            p += 1e-5 * direction
+        up = float(penalty())
+        with torch.no_grad():
+            p -= 2e-5 * direction
+        down = float(penalty())
+        with torch.no_grad():
+            p += 1e-5 * direction
+        assert float((gradient * direction).sum()) == pytest.approx((up - down) / 2e-5, rel=1e-4, abs=1e-9)
+
+
+def test_schedules_at_their_ends():
+    cfg = m.Config()
+    start, end = m.schedules(cfg, 0), m.schedules(cfg, 1e6)
+    assert start == dict(blur_sigma=10, density_noise=1, patch_beta=0.001, raw_depth_share=0.25, camera_reg_weight=0, kd_weight=1)
+    assert end == dict(blur_sigma=0, density_noise=0, patch_beta=0.8, raw_depth_share=0.1, camera_reg_weight=1, kd_weight=0)
+    assert m.schedules(cfg, 5_000)["raw_depth_share"] == pytest.approx(0.175)
+
+
+def test_adaptor_choices_follow_the_schedule():
+    torch.manual_seed(0)
+    share = lambda cfg, kimg: np.bincount(m.sample_adaptor_choice(cfg, 20_000, kimg, "cpu").numpy(), minlength=4) / 20_000
+    assert share(micro(), 0) == pytest.approx([0.25] * 4, abs=0.02)
+    assert share(micro(), 1e6) == pytest.approx([0.1, 0.2, 0.3, 0.4], abs=0.02)
+    assert share(micro(depth_adaptor="never"), 0) == pytest.approx([1, 0, 0, 0])
+    assert share(micro(depth_adaptor="half"), 0) == pytest.approx([0.5, 0, 0, 0.5], abs=0.02)
+    assert share(micro(depth_adaptor="always"), 0) == pytest.approx([0, 0, 0, 1])
+
+
+def test_adaptor_computes_the_chosen_candidates():
+    adaptor = m.DepthAdaptor(micro())
+    depth = torch.rand(6, 1, 8, 8) * 0.5 + 0.75
+    choice = torch.tensor([2, 0, 3, 1, 3, 0])
+    assert torch.allclose(adaptor(depth, choice), adaptor.candidates(depth)[choice, torch.arange(6)], atol=1e-5)
+    adaptor(depth, choice).sum().backward()
+    assert all(p.grad is not None for p in adaptor.parameters())
+
+
+def test_labels_are_drawn_by_their_frequencies():
+    torch.manual_seed(0)
+    labels = torch.tensor([0] * 700 + [1] * 100 + [2] * 200)
+    c = m.draw_latents(micro(), 20_000, labels, "cpu")[1]
+    assert np.bincount(c.numpy()) / 20_000 == pytest.approx([0.7, 0.1, 0.2], abs=0.02)
+
+
+def test_minibatch_std_does_not_mix_groups():
+    x = torch.randn(8, 3, 4, 4)
+    assert torch.equal(m.minibatch_std(x)[:4], m.minibatch_std(x[:4]))
+    assert (m.minibatch_std(x[:1].expand(4, -1, -1, -1))[:, 3] < 1e-3).all()
+
+
+def test_gradients_that_are_not_finite_are_replaced():
+    layer = m.Linear(3, 1)
+    layer.weight.grad = torch.tensor([[float("nan"), float("inf"), -float("inf")]])
+    layer.bias.grad = torch.tensor([0.5])
+    assert int(m.average_gradients(layer, 1)) == 3
+    assert layer.weight.grad.tolist() == [[0, 1e5, -1e5]] and layer.bias.grad.tolist() == [0.5]
+
+
+def test_frechet_distance_closed_forms():
+    cov = torch.diag(torch.tensor([1.0, 4.0, 9.0])).double()
+    mean = torch.zeros(3).double()
+    assert m.frechet_distance((mean, cov), (mean, cov)) == pytest.approx(0, abs=1e-9)
+    assert m.frechet_distance((mean, cov), (mean + 2, cov)) == pytest.approx(12)
+    assert m.frechet_distance((mean, cov), (mean, 4 * cov)) == pytest.approx(1 + 4 + 9)    # sum of (2 s - s)²
+    moments = m.FeatureMoments()
+    x = torch.randn(50, 3)
+    for part in x.split(20):
+        moments.add(part)
+    got_mean, got_cov = moments.result()
+    assert torch.allclose(got_mean.float(), x.mean(0), atol=1e-6) and torch.allclose(got_cov.float(), x.t().cov(), atol=1e-5)
+
+
+def test_non_flatness_ends():
+    wall, ramp = torch.full((1, 640), 1.0), torch.linspace(0.75, 1.2499, 6400)[None]
+    assert float(m.non_flatness_score(wall, 0.75, 1.25)) == pytest.approx(1)
+    assert float(m.non_flatness_score(ramp, 0.75, 1.25)) == pytest.approx(64, rel=1e-3)
+
+
+def test_blur_keeps_constants_inside_and_is_off_at_the_end():
+    image = torch.ones(1, 2, 32, 32)
+    assert torch.allclose(m.blur(image, 2.0)[:, :, 8:24, 8:24], torch.ones(1, 2, 16, 16), atol=1e-5)
+    assert m.blur(image, 0.2) is image
+
+
+def test_teacher_is_the_timm_model(tmp_path):
+    import timm
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", pretrained=False)
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    teacher = m.Teacher("test_resnet", str(tmp_path / "w.pth"))
+    image = torch.rand(2, 3, 24, 24) * 2 - 1
+    features = teacher(image)
+    size = timm.data.resolve_model_data_config(model)
+    x = (F.interpolate(image, size["input_size"][1:], mode="bicubic", antialias=True) + 1) / 2
+    x = (x - torch.tensor(size["mean"]).view(3, 1, 1)) / torch.tensor(size["std"]).view(3, 1, 1)
+    with torch.no_grad():
+        expected = model.eval().forward_head(model.forward_features(x), pre_logits=True)
+    assert features.shape == (2, teacher.dim) and torch.allclose(features, expected, atol=1e-5)
+    assert not any(p.requires_grad for p in teacher.parameters())
+    torch.save({"other": torch.zeros(1)}, tmp_path / "x.pth")
+    with pytest.raises(m.UserError, match="not weights of test_resnet"):
+        m.Teacher("test_resnet", str(tmp_path / "x.pth"))
+    (tmp_path / "y.pth").write_bytes(b"nothing")
+    with pytest.raises(m.UserError, match="y.pth"):
+        m.Teacher("test_resnet", str(tmp_path / "y.pth"))
+    with pytest.raises(m.UserError, match="no model"):
+        m.Teacher("resnet_of_nobody")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data
+
+def photo(size=(40, 30), seed=0, mode="RGB"):
+    rng = np.random.default_rng(seed)
+    image = PIL.Image.fromarray(rng.integers(0, 255, (4, 4, 3), dtype=np.uint8)).resize(size, PIL.Image.BICUBIC)
+    return image.convert(mode)
+
+
+def make_folder(root, classes=("cat", "dog"), each=10, depth=False):
+    for k, c in enumerate(classes):
+        (root / c).mkdir(parents=True)
+        for i in range(each):
+            photo(seed=100 * k + i).save(root / c / f"{i}.jpg")
+            if depth:
+                ramp = np.tile(np.linspace(0, 65535, 40).astype(np.uint16), (30, 1))
+                PIL.Image.fromarray(ramp).save(root / c / f"{i}_depth.png")
+    return root
+
+
+def data_of(source, **changes):
+    return m.ImageData(micro(**changes), source)
+
+
+def test_shapes_are_a_function_of_the_index():
+    cfg = m.make_config({})
+    a, b = m.ShapesData(cfg)[5], m.ShapesData(cfg)[5]
+    assert all(torch.equal(a[k], b[k]) for k in ("image", "depth", "true_depth", "camera")) and a["label"] == 5
+    assert cfg.near < float(a["true_depth"].min()) and float(a["true_depth"].max()) <= cfg.far + 1e-6
+    assert float(a["depth"].min()) == pytest.approx(-1, abs=1e-5) and float(a["depth"].max()) == pytest.approx(1, abs=1e-5)
+    exact = m.ShapesData(dataclasses.replace(cfg, depth_distortion=0.0))[5]
+    t = exact["true_depth"]
+    assert torch.allclose(exact["depth"], 2 * (t - t.min()) / (t.max() - t.min()) - 1, atol=1e-4)
+    flipped = m.MirroredData(m.ShapesData(cfg))[5 + 40_000]
+    assert torch.equal(flipped["image"], a["image"].flip(-1)) and flipped["camera"][0] == -a["camera"][0]
+
+
+def test_shapes_depth_agrees_with_its_camera():
+    """Where the picture shows ground, the true depth and the true camera put the point on the ground."""
+    data = m.ShapesData(dataclasses.replace(m.make_config({}), resolution=128))
+    item = data[3]
+    c = item["camera"][None]
+    o, d = m.camera_rays(m.Camera(c[:, 0], c[:, 1], c[:, 2], torch.ones(1), c[:, 3:]), 128)
+    points = (o + d * item["true_depth"].view(1, -1, 1)).view(128, 128, 3)
+    assert (points[-1, :, 1] - data.GROUND).abs().max() < 2e-3                    # the lowest row is ground
+
+
+def test_true_cameras_differ_from_the_prior_and_by_class():
+    cameras = m.ShapesData(m.make_config({})).true_cameras(800)
+    assert cameras[:, 0].std() == pytest.approx(0.35, abs=0.05)
+    fov = [cameras[k::8, 2].mean() for k in range(8)]
+    assert all(b - a > 1 for a, b in zip(fov, fov[1:]))
+
+
+def test_folder_layouts(tmp_path):
+    data = data_of(make_folder(tmp_path / "a"), depth="none")
+    assert len(data) == 20 and data.num_classes == 2 and data[0]["image"].shape == (3, 16, 16)
+    assert data[19]["label"] == 1 and "depth" not in data[0]
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    photo().save(flat / "x.png")
+    assert data_of(flat, depth="none").num_classes == 0
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as z:
+        for p in sorted((tmp_path / "a").rglob("*.jpg")):
+            z.write(p, p.relative_to(tmp_path / "a"))
+    zipped = data_of(tmp_path / "a.zip", depth="none")
+    assert zipped.names == data.names and torch.equal(zipped[3]["image"], data[3]["image"])
+
+
+def test_published_layout(tmp_path):
+    root = make_folder(tmp_path / "a", classes=("00000",), each=3, depth=True)
+    labels = [[f"00000/{i}.jpg", 7 - i] for i in range(3)]
+    (root / "dataset.json").write_text(json.dumps({"labels": labels}))
+    data = data_of(root)
+    assert len(data) == 3 and data.num_classes == 8 and data[1]["label"] == 6
+    depth = data[0]["depth"]
+    assert depth.shape == (1, 16, 16) and float(depth.min()) == -1 and float(depth.max()) == 1
+    assert (depth[0, 0, 1:] > depth[0, 0, :-1]).all()                             # the ramp: larger is farther
+    (root / "dataset.json").write_text(json.dumps({"labels": labels[:2]}))
+    with pytest.raises(m.UserError, match="2.jpg"):
+        data_of(root)
+    (root / "dataset.json").write_text("{")
+    with pytest.raises(m.UserError, match="dataset.json"):
+        data_of(root)
+
+
+def test_every_mode_is_read(tmp_path):
+    photo(mode="CMYK").save(tmp_path / "cmyk.jpg")
+    photo().convert("P").save(tmp_path / "palette.png")
+    transparent = PIL.Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    transparent.save(tmp_path / "alpha.png")
+    PIL.Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(tmp_path / "gray16.png")
+    photo().save(tmp_path / "anim.gif")
+    turned = photo((60, 20))
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.jpg", exif=exif, quality=95, subsampling=0)
+    PIL.Image.new("RGB", (2000, 2), "red").save(tmp_path / "wide.png")
+    data = data_of(tmp_path, depth="none")
+    items = {n: data[i] for i, n in enumerate(data.names)}
+    assert len(items) == 7 and not any(item["bad"] for item in items.values())
+    assert (items["alpha.png"]["image"] == 255).all()                             # transparency over white
+    assert (items["gray16.png"]["image"] == 40000 // 257).all()
+    upright = m.crop_resize(turned.rotate(-90, expand=True), 16, PIL.Image.LANCZOS)
+    assert np.abs(items["turned.jpg"]["image"].numpy().transpose(1, 2, 0).astype(int) - np.asarray(upright)).mean() < 3
+
+
+def test_unreadable_images_are_skipped_and_counted(tmp_path, capsys):
+    root = make_folder(tmp_path / "a")
+    whole = (root / "cat" / "3.jpg").read_bytes()
+    (root / "cat" / "3.jpg").write_bytes(whole[:len(whole) // 2])
+    (root / "dog" / "0.jpg").write_text("not a picture")
+    out = train_micro(tmp_path / "out", data=root, depth="none", kimg=0.048)
+    err = capsys.readouterr().err
+    assert err.count("cat/3.jpg") == 1 and err.count("dog/0.jpg") == 1
+    assert [line["unreadable"] for line in log(out) if "unreadable" in line][-1] == 2
+    for p in root.rglob("*.jpg"):
+        p.write_text("not a picture")
+    status, err = run_main(capsys, "--data", root, "--depth", "none", "--out", tmp_path / "all", *flags(**MICRO))
+    assert status == 2 and "no readable image" in err and err.count("\n") == 1
+
+
+def test_too_many_unreadable_images_stop_the_run(tmp_path, capsys):
+    root = make_folder(tmp_path / "a", classes=("c",), each=60)
+    for i in range(20, 35):
+        (root / "c" / f"{i}.jpg").write_text("not a picture")
+    status, err = run_main(capsys, "--data", root, "--depth", "none", "--out", tmp_path / "o", *flags(**MICRO, kimg=0.16))
+    assert status == 2 and "unreadable; mend" in err.splitlines()[-1]
+
+
+def test_batches_are_the_same_however_they_are_split():
+    cfg = micro()
+    def take(rank, world, step, n):
+        it = iter(m.Batches(cfg, 50, step, rank, world))
+        return [next(it) for _ in range(n)]
+    whole = take(0, 1, 0, 13)
+    halves = zip(take(0, 2, 0, 13), take(1, 2, 0, 13))
+    assert whole == [a + b for a, b in halves]
+    assert whole[5:] == take(0, 1, 5, 8)                                          # a resumed run
+    flat = sum(whole, [])
+    assert sorted(flat[:100]) == list(range(100))                                 # an epoch: the data and its mirror image
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+
+def test_two_processes_and_one_give_the_same_gradients(tmp_path):
+    """Adam with beta1 = 0 keeps the last gradient as its first moment, so a checkpoint after one step shows it."""
+    options = {**MICRO, "kimg": 0.016, "data": "shapes", "teacher_dim": 0}
+    one = train_micro(tmp_path / "one", kimg=0.016)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPT, "--out",
+                    tmp_path / "two", *flags(**options)], check=True, env=env, capture_output=True, timeout=300)
+    a, b = checkpoint(one), checkpoint(tmp_path / "two")
+    for opt in ("opt_g", "opt_d"):
+        for (k, x), y in zip(flatten(a[opt]).items(), flatten(b[opt]).values()):
+            if k.endswith("exp_avg"):
+                assert (x - y).abs().max() <= 1e-4 * max(1e-3, float(x.abs().max())), k
+        assert any(float(x.abs().max()) > 1e-3 for k, x in flatten(a[opt]).items() if k.endswith("exp_avg"))
+    assert torch.allclose(a["G"]["mapping_network.w_avg"], b["G"]["mapping_network.w_avg"], atol=1e-6)
+    lines = [line for line in log(tmp_path / "two") if "loss_g" in line]
+    assert lines[0]["loss_g"] == pytest.approx([line for line in log(one) if "loss_g" in line][0]["loss_g"], rel=1e-4)
+
+
+def test_a_resumed_run_ends_with_identical_weights(tmp_path):
+    whole = train_micro(tmp_path / "whole", kimg=0.064)
+    half = train_micro(tmp_path / "half", kimg=0.032)
+    assert m.main(["--resume", "latest", "--out", str(half), "--kimg", "0.064"]) == 0
+    a, b = checkpoint(whole), checkpoint(half)
+    fa, fb = flatten({k: a[k] for k in ("G", "D", "G_ema", "opt_g", "opt_d")}), flatten({k: b[k] for k in ("G", "D", "G_ema", "opt_g", "opt_d")})
+    assert fa.keys() == fb.keys() and len(fa) > 100
+    assert all(torch.equal(fa[k], fb[k]) for k in fa)
+    assert a["step"] == b["step"] == 4
+    strip = lambda out: [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second", "memory_mb")} for line in log(out)]
+    assert strip(whole) == strip(half)
+
+
+def test_run_folder_has_everything(tmp_path):
+    out = train_micro(tmp_path / "run", kimg=0.032, eval_images=32)
+    names = {p.name for p in out.iterdir()}
+    assert names == {"config.json", "log.jsonl", "reals.png", "checkpoint-000000.032.pt", "samples-000000.000.png",
+                     "samples-000000.032.png"}
+    assert json.loads((out / "config.json").read_text())["num_classes"] == 8
+    with PIL.Image.open(out / "samples-000000.032.png") as image:
+        assert image.width >= 16 * 96 and image.height == image.width // 2         # 4 scenes of 4 views; RGB over depth
+    line = [line for line in log(out) if "loss_g" in line][-1]
+    assert set(line) >= {"kimg", "images_per_second", "seconds", "memory_mb", "loss_g", "loss_d_fake", "loss_d_real",
+                         "score_real", "score_fake", "camera_mean", "camera_std", "camera_emd", "depth_choice", "near_offset",
+                         "schedules", "nonfinite_g", "nonfinite_d"}
+    assert "r1" in log(out)[1] and math.isfinite(log(out)[1]["r1"])
+    metrics = [line["metrics"] for line in log(out) if "metrics" in line]
+    assert len(metrics) == 2 and set(metrics[0]) >= {"fd_rgbd8", "nfs", "camera_w1_posterior", "camera_w1_prior",
+                                                      "depth_error_raw", "depth_error_adapted"}
+
+
+def test_distillation_pulls_the_features_to_the_teacher(tmp_path):
+    import timm
+    torch.manual_seed(0)
+    torch.save(timm.create_model("test_resnet", pretrained=False).state_dict(), tmp_path / "w.pth")
+    root = make_folder(tmp_path / "a")
+    out = train_micro(tmp_path / "run", data=root, depth="none", kimg=0.64, teacher="test_resnet",
+                      teacher_weights=tmp_path / "w.pth")
+    distances = [line["kd_distance"] for line in log(out) if "kd_distance" in line]
+    assert len(distances) == 40 and np.mean(distances[-5:]) < 0.8 * np.mean(distances[:5])
+
+
+@pytest.mark.parametrize("options", [dict(camera="prior"), dict(camera="frontal"), dict(camera_reg="grad"),
+                                     dict(camera_reg="none"), dict(depth="none"), dict(precision="bf16"),
+                                     dict(depth_adaptor="half")], ids=str)
+def test_every_mechanism_can_be_switched(tmp_path, options):
+    out = train_micro(tmp_path / "run", kimg=0.032, **options)
+    for line in log(out):
+        assert all(math.isfinite(v) for v in line.values() if isinstance(v, float))
+        assert line.get("nonfinite_g", 0) == line.get("nonfinite_d", 0) == 0
+    assert ("camera_emd" in log(out)[-1]) == (options.get("camera", "learned") == "learned")
+
+
+def test_the_tiny_preset_learns(tmp_path):
+    """Twenty steps of the default job: the distance to the data falls by a factor of four at least (measured: nine)."""
+    assert m.main(["--out", str(tmp_path / "run"), *flags(kimg=0.32, eval_images=128, workers=1)]) == 0
+    first, last = [line["metrics"]["fd_rgbd8"] for line in log(tmp_path / "run") if "metrics" in line]
+    assert last < first / 4
+
+
+def test_ctrl_c_saves_and_the_run_goes_on(tmp_path):
+    argv = [sys.executable, SCRIPT, "--out", tmp_path / "run", *flags(**{**MICRO, "workers": 1})]
+    p = subprocess.Popen(argv, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    for _ in range(600):
+        time.sleep(0.1)
+        if (tmp_path / "run" / "log.jsonl").exists():
+            break
+    p.send_signal(signal.SIGINT)
+    out, err = p.communicate(timeout=60)
+    assert p.returncode == 0 and "Traceback" not in err and "stopped" in out
+    state = checkpoint(tmp_path / "run")
+    assert 0 < state["step"] < 100_000
+    kimg = (state["images"] + 32) / 1000
+    assert m.main(["--resume", "latest", "--out", str(tmp_path / "run"), "--kimg", str(kimg)]) == 0
+    assert checkpoint(tmp_path / "run")["step"] == state["step"] + 2
+
+
+def test_full_disk_leaves_the_earlier_checkpoint(tmp_path, monkeypatch, capsys):
+    out = train_micro(tmp_path / "run", kimg=0.016)
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+
+    def full(obj, path):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(torch, "save", full)
+    status, err = run_main(capsys, "--resume", "latest", "--out", out, "--kimg", 0.032)
+    assert status == 2 and "No space left on device" in err.splitlines()[-1]
+    assert (out / "checkpoint-000000.016.pt").read_bytes() == before["checkpoint-000000.016.pt"]
+    assert not list(out.glob(".*tmp")) and not (out / "checkpoint-000000.032.pt").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line and bad input
+
+def test_help_shows_every_option_with_its_default():
+    text = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True, check=True).stdout
+    text = re.sub(r"\s+", " ", text)
+    for f in dataclasses.fields(m.Config):
+        assert "--" + f.name.replace("_", "-") in text
+        assert " ".join(f.metadata["help"].split()[:2]) in text, f.name
+    assert text.count("(default:") == len(dataclasses.fields(m.Config))
+
+
+def test_presets_name_real_options_and_are_valid():
+    names = {f.name for f in dataclasses.fields(m.Config)}
+    for preset in m.PRESETS.values():
+        assert set(preset) <= names
+    for data in m.DATA_PRESETS:
+        m.validate(m.make_config({"data": data}), 4)
+    assert m.make_config({"data": "imagenet"}).channel_base == 65536
+    assert m.make_config({}).preset == "tiny" and m.make_config({"resolution": 64}).resolution == 64
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--data", "nowhere"], "nowhere: no such file"),
+    (["--data", "imagenet"], "DATA_DIR"),
+    (["--data", "EMPTY"], "no images"),
+    (["--data", "PHOTOS"], "--depth none"),
+    (["--resolution", "48"], "--resolution 48: must be a power of two"),
+    (["--patch-resolution", "64"], "larger than --resolution"),
+    (["--batch-size", "6"], "multiple of 4"),
+    (["--batch-size", "24", "--batch-gpu", "16"], "does not divide"),
+    (["--kimg", "0"], "--kimg 0.0: must be positive"),
+    (["--teacher", "nonsense_net"], "no model of that name"),
+    (["--resume", "missing.pt"], "missing.pt: no such file"),
+    (["--resume", "latest", "--out", "EMPTY"], "no checkpoint"),
+    (["--resume", "GARBAGE"], "not a readable"),
+    (["sample"], "not there yet"),
+])
+def test_bad_input_is_one_line_and_status_2(tmp_path, capsys, argv, message):
+    (tmp_path / "EMPTY").mkdir()
+    make_folder(tmp_path / "PHOTOS", each=1)
+    (tmp_path / "GARBAGE").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    argv = [str(tmp_path / a) if a in ("EMPTY", "PHOTOS", "GARBAGE") else a for a in argv]
+    if "--out" not in argv:
+        argv += ["--out", str(tmp_path / "out")]
+    status, err = run_main(capsys, *argv)
+    assert status == 2 and message in err and err.count("\n") == 1 and err.startswith("3dgp.py: error: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_gpu_when_asked_for_one(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    status, err = run_main(capsys, "--device", "cuda", "--out", tmp_path / "out")
+    assert status == 2 and "no GPU" in err
+
+
+def test_batch_that_does_not_fit_the_processes():
+    with pytest.raises(m.UserError, match="not divisible by 3 processes"):
+        m.validate(micro(), 3)
+
+
+def test_checkpoint_of_another_configuration_names_the_fields(tmp_path, capsys):
+    out = train_micro(tmp_path / "run", kimg=0.016)
+    status, err = run_main(capsys, "--resume", "latest", "--out", out, "--z-dim", 16, "--r1-gamma", 3)
+    assert status == 2 and "z_dim (there 8, here 16)" in err and "r1_gamma" in err and "batch_size" not in err
+    torch.save({"model": torch.zeros(1)}, tmp_path / "other.pt")
+    status, err = run_main(capsys, "--resume", tmp_path / "other.pt")
+    assert status == 2 and "not a checkpoint of this program" in err
+
+
+def test_a_run_is_not_overwritten(tmp_path, capsys, monkeypatch):
+    out = train_micro(tmp_path / "run", kimg=0.016)
+    status, err = run_main(capsys, "--out", out, *flags(**MICRO))
+    assert status == 2 and "--resume latest" in err
+    monkeypatch.chdir(tmp_path)
+    for expected in ("shapes", "shapes-2"):
+        assert m.main(flags(**MICRO, kimg=0.016)) == 0
+        assert (tmp_path / "runs" / expected / "checkpoint-000000.016.pt").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reference vectors: agreement means max |a - b| <= 1e-4 x max(1, max |b|), gradients included
+
+FOLDER = os.environ.get("REFERENCE_VECTORS")
+reference = pytest.mark.skipif(not FOLDER, reason="REFERENCE_VECTORS does not name the folder of the reference vectors")
+
+
+def load(name):
+    with np.load(Path(FOLDER) / f"{name}.npz") as d:
+        return {k: torch.from_numpy(np.asarray(d[k])) for k in d.files}
+
+
+def parameters(d, prefix="param/"):
+    """resample_filter is the constant FIR, which this implementation has as a function."""
+    return {k[len(prefix):]: v for k, v in d.items() if k.startswith(prefix) and not k.endswith("resample_filter")}
+
+
+def agree(a, b):
+    b = b.to(a.dtype)
+    assert a.shape == b.shape
+    assert float((a - b).detach().abs().max()) <= 1e-4 * max(1.0, float(b.detach().abs().max()))
+
+
+def golden_config(**changes):
+    return m.Config(**{**dict(num_classes=5, teacher_dim=40, resolution=64, patch_resolution=32, triplane_resolution=32,
+                              triplane_features=8, channel_base=512, channel_max=32, z_dim=24, w_dim=24, coarse_samples=6,
+                              fine_samples=6), **changes})
+
+
+def golden_camera(d, prefix):
+    angles = d[f"{prefix}/angles"]
+    return m.Camera(angles[:, 0], angles[:, 1], d[f"{prefix}/fov"], d[f"{prefix}/radius"], d[f"{prefix}/look_at"])
+
+
+@reference
+def test_reference_camera():
+    d = load("camera")
+    cam = m.Camera(d["yaw"], d["pitch"], d["fov_degrees"], d["radius"], d["look_at_yaw_pitch_radius"])
+    agree(m.cam2world(cam), d["cam2world"])
+    for prefix, patch in (("", None), ("patch_", m.Patch(d["patch_scale"], d["patch_offset_xy"]))):
+        origins, directions = m.camera_rays(cam, 5, patch)
+        agree(origins, d[f"{prefix}ray_origins"])
+        agree(directions, d[f"{prefix}ray_directions"])
+    origins, directions = m.camera_rays(cam, 5)
+    for t in (d["box_near"], d["box_far"]):                # a ray enters and leaves the box on its surface
+        on_surface = (origins + t * directions).abs().amax(-1)
+        inside = (d["box_near"] < d["box_far"])[..., 0]
+        agree(on_surface[inside], torch.full_like(on_surface[inside], float(d["box_half_size"])))
+
+
+@reference
+def test_reference_triplane_sampling():
+    d = load("triplane_sampling")
+    planes, points = d["planes"].requires_grad_(), d["coords"].requires_grad_()
+    features = m.sample_triplane(planes, points, float(d["scale"]))
+    agree(features, d["features_mean_over_planes"])
+    g_planes, g_points = torch.autograd.grad((features * d["cotangent"]).sum(), (planes, points))
+    agree(g_planes, d["grad_planes"])
+    agree(g_points, d["grad_coords"])
+
+
+@reference
+def test_reference_triplane_decoder():
+    d = load("triplane_decoder")
+    decoder = m.TriplaneDecoder(8)
+    decoder.load_state_dict(parameters(d))
+    rgb, sigma = decoder(d["features"])
+    agree(rgb, d["rgb"])
+    agree(sigma, d["sigma_raw"][:, 0])
+
+
+@reference
+def test_reference_ray_marching():
+    d = load("ray_marching")
+    rgb, depth, weights = m.march_rays(d["colors"], d["sigma_raw"], d["depths"])
+    agree(rgb, d["rgb"])
+    agree(depth, d["depth"])
+    agree(weights, d["weights"])
+
+
+@reference
+def test_reference_importance_sampling():
+    d = load("importance_sampling")
+    agree(m.importance_depths(d["depths"], d["weights"], d["u"]), d["fine_depths"])
+
+
+@reference
+def test_reference_mapping():
+    d = load("mapping")
+    G = m.Generator(golden_config())
+    G.mapping_network.load_state_dict(parameters(d))
+    agree(G.mapping(d["z"], d["c"].argmax(1)), d["w"])
+
+
+@reference
+def test_reference_backbone():
+    d = load("backbone")
+    backbone = m.TriplaneBackbone(golden_config())
+    backbone.load_state_dict(parameters(d))
+    agree(backbone(d["ws"][:2], noise="const"), d["planes"])
+    assert (backbone(d["ws"][:2], noise="none") - d["planes"]).abs().max() > 0.01
+
+
+@reference
+def test_reference_camera_generator():
+    d = load("camera_generator")
+    generator = m.CameraGenerator(golden_config())
+    generator.load_state_dict(parameters(d))
+    posterior = generator(golden_camera(d, "prior"), d["z"], d["c"].argmax(1))
+    for a, b in zip(posterior, golden_camera(d, "posterior")):
+        agree(a, b)
+
+
+@reference
+def test_reference_depth_adaptor():
+    d = load("depth_adaptor")
+    adaptor = m.DepthAdaptor(golden_config(near=float(d["near"]), far=float(d["far"])))
+    adaptor.load_state_dict(parameters(d))
+    agree(adaptor.candidates(d["depth"]), d["adapted_per_level"])
+
+
+@reference
+def test_reference_render():
+    d = load("render")
+    G = m.Generator(golden_config(near=float(d["near"]), far=float(d["far"]), box=float(d["box_half_size"]))).eval()
+    G.backbone.load_state_dict(parameters(load("backbone")))
+    G.decoder.load_state_dict(parameters(d, "decoder/"))
+    G.depth_adaptor.load_state_dict(parameters(load("depth_adaptor")))
+    with torch.no_grad():
+        image, depth = G.render(G.backbone(d["w"]), golden_camera(d, "camera"), 32)
+        agree(image, d["image"])
+        agree(depth, d["depth"])
+        agree(G.depth_adaptor.candidates(depth)[3], d["depth_adapted"])
+
+
+@reference
+def test_reference_discriminator():
+    d = load("discriminator")
+    D = m.Discriminator(golden_config())
+    result = D.load_state_dict(parameters(d), strict=False)
+    assert not result.missing_keys                          # only the first block reads the image; the vectors hold spare ones
+    assert all(re.fullmatch(r"b(32|16|8)\.fromrgb\.(weight|bias)", k) for k in result.unexpected_keys)
+    image = d["img"].requires_grad_()
+    score, features = D(image, d["c"].argmax(1), m.Patch(d["patch_scale"], d["patch_offset_xy"]))
+    agree(score, d["logits"])
+    agree(features, d["features"])
+    penalty = m.r1_penalty(score, image)
+    agree(penalty, d["r1_penalty"])
+    gradients = torch.autograd.grad(penalty.sum(), list(D.parameters()), allow_unused=True)
+    agree(torch.stack([g.norm() for g in gradients if g is not None]).norm(), d["r1_param_grad_norm"])
+
+
+@reference
+def test_reference_patches():
+    d = load("patches")
+    agree(m.extract_patch(d["image"], m.Patch(d["patch_scale"], d["patch_offset_xy"]), 32), d["patch"])
+
+
+@reference
+def test_reference_blur():
+    d = load("blur")
+    agree(m.blur(d["image"], float(d["sigma"])), d["blurred"])
+
+
+@reference
+def test_reference_emd():
+    d = load("emd_1d")
+    agree(m.emd_1d(d["a"], d["b"]), d["emd_squared_cost"])
+
+
+@reference
+def test_reference_non_flatness():
+    d = load("nfs")
+    score = m.non_flatness_score(d["depth"], float(d["near"]), float(d["far"]), int(d["bins"]))
+    agree(score, d["score_per_image"])
+    agree(score.mean(), d["nfs"])
+
+
+@reference
+def test_every_reference_file_is_checked():
+    text = Path(__file__).read_text()
+    later = {"leres_resnet50", "leres_resnext101"}          # the depth estimator is not in this program yet
+    missing = {p.stem for p in Path(FOLDER).glob("*.npz") if f'load("{p.stem}")' not in text}
+    assert missing <= later

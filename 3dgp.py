@@ -136,10 +136,10 @@ class Config:
 # shares of the prior's ranges: with the published units a short run leaves the field of view stuck at its upper end.
 SHORT = dict(camera_reg_units="range", camera_reg_weights=(20.0, 10.0, 20.0, 2.0), camera_lr_mult=1.0)
 PRESETS = {
-    "tiny": dict(resolution=32, patch_resolution=32, triplane_resolution=32, triplane_features=16, channel_base=1024,
+    "tiny": dict(resolution=32, patch_resolution=32, triplane_resolution=32, triplane_features=16, channel_base=2048,
                  channel_max=64, adaptor_channels=16, z_dim=64, w_dim=64, coarse_samples=8, fine_samples=8,
                  batch_size=16, batch_gpu=16, kimg=18, r1_gamma=0.5, ema_kimg=0.5, density_noise_kimg=4, adaptor_kimg=7,
-                 camera_reg_kimg=5, patch_kimg=7, blur_sigma=2.0, blur_kimg=1, snapshot_kimg=3, log_kimg=0.25,
+                 camera_reg_kimg=2, patch_kimg=7, blur_sigma=2.0, blur_kimg=1, snapshot_kimg=3, log_kimg=0.25,
                  eval_images=1024, workers=1, **SHORT),
     "small": dict(resolution=64, patch_resolution=64, triplane_resolution=128, triplane_features=32, channel_base=8192,
                   channel_max=256, z_dim=128, w_dim=128, coarse_samples=24, fine_samples=24, batch_size=32,
@@ -398,7 +398,8 @@ class ShapesData:
         image = color.reshape(*small, 3).mean((1, 3)).clip(0, 1)
         depth = depth.reshape(small).mean((1, 3))
         item = dict(image=torch.from_numpy((image.transpose(2, 0, 1) * 255).round().astype(np.uint8)), label=label,
-                    true_depth=torch.from_numpy(depth[None].astype(np.float32)), camera=torch.from_numpy(camera), bad=[])
+                    true_depth=torch.from_numpy(depth[None].astype(np.float32)), bad=[],
+                    camera=torch.from_numpy(camera))
         if self.use_depth:
             item["depth"] = torch.from_numpy(self.estimate(rng, depth)[None].astype(np.float32))
         return item
@@ -426,8 +427,8 @@ def open_data(cfg):
         for source in (root / cfg.data, root / f"{cfg.data}.zip"):
             if source.exists():
                 return ImageData(cfg, source)
-        raise UserError(f"--data {cfg.data}: neither {root / cfg.data} nor {cfg.data}.zip beside it exists; put it there, "
-                        "or set DATA_DIR, or give a path")
+        raise UserError(f"--data {cfg.data}: neither {root / cfg.data} nor {cfg.data}.zip beside it exists; put it "
+                        "there, or set DATA_DIR, or give a path")
     if not Path(cfg.data).exists():
         raise UserError(f"--data {cfg.data}: no such file or folder, nor one of {', '.join(DATA_PRESETS)}")
     return ImageData(cfg, cfg.data)
@@ -440,6 +441,12 @@ def collate(items):
         return dict(bad=bad)
     batch = {k: torch.stack([i[k] for i in items]) for k in ("image", "depth", "true_depth", "camera") if k in items[0]}
     return {**batch, "label": torch.tensor([i["label"] for i in items]), "bad": bad}
+
+
+def real_images(batch, device):
+    """A batch as the discriminator sees it: RGB and, if there is any, depth. -> (B, 3 or 4, R, R) in [-1, 1]"""
+    rgb = batch["image"].to(device, non_blocking=True).float() / 127.5 - 1
+    return torch.cat([rgb, batch["depth"].to(device, non_blocking=True)], 1) if "depth" in batch else rgb
 
 
 class MirroredData(torch.utils.data.Dataset):
@@ -490,13 +497,13 @@ def leaky_relu(x):
     return F.leaky_relu(x, 0.2)
 
 
-# Leaky ReLU comes with a gain of sqrt(2), which keeps the variance. It commutes with the activation, so layers put it into
-# their weights, where it costs nothing.
+# Leaky ReLU comes with a gain of sqrt(2), which keeps the variance. It commutes with the activation, so layers put it
+# into their weights, where it costs nothing.
 GAIN = {leaky_relu: math.sqrt(2), F.softplus: 1.0, None: 1.0}
 
 
 class Linear(nn.Module):
-    """Equalised linear layer: weights are stored at unit variance / lr_mult and scaled when used. (B, in) -> (B, out)"""
+    """Equalised linear layer: weights of unit variance / lr_mult, scaled when used. (B, in) -> (B, out)"""
 
     def __init__(self, in_features, out_features, activation=None, lr_mult=1.0, bias_init=0.0):
         super().__init__()
@@ -510,7 +517,7 @@ class Linear(nn.Module):
 
 
 class Conv2d(nn.Module):
-    """Equalised convolution, padded to keep the size; down=2 filters with the FIR and halves it. (B, in, H, W) -> (B, out, ., .)"""
+    """Equalised convolution that keeps the size; down=2 filters, then halves it. (B, in, H, W) -> (B, out, ., .)"""
 
     def __init__(self, in_channels, out_channels, kernel_size, activation=None, bias=True, down=1, gain=1.0):
         super().__init__()
@@ -556,8 +563,8 @@ def sample_triplane(planes, points, box):
     Planes are (x, y), (x, z), (y, z): the first indexes the width, the second the height. Outside: zero.
     """
     B, _, C, T, _ = planes.shape
-    uv = points[:, :, [[0, 1], [0, 2], [1, 2]]] / box                                # (B, N, 3, 2)
-    uv = uv.transpose(1, 2).reshape(B * 3, 1, -1, 2)                                 # (3B, 1, N, 2)
+    uv = torch.stack([points[..., :2], points[..., ::2], points[..., 1:]], 1) / box   # (B, 3, N, 2)
+    uv = uv.reshape(B * 3, 1, -1, 2)
     features = F.grid_sample(planes.reshape(B * 3, C, T, T), uv, mode="bilinear", padding_mode="zeros",
                              align_corners=True)                                     # (3B, C, 1, N)
     return features.reshape(B, 3, C, -1).mean(dim=1).transpose(1, 2)                 # (B, N, C)
@@ -575,7 +582,7 @@ class Camera(NamedTuple):
 
 
 class Patch(NamedTuple):
-    """A square cut-out: `scale` in (0, 1] of the image's side, `offset` of its left and bottom edges in [0, 1 - scale]."""
+    """A square cut-out: `scale` in (0, 1] of the image's side, `offset` of its left and bottom in [0, 1 - scale]."""
     scale: torch.Tensor   # (B,)
     offset: torch.Tensor  # (B, 2) x, y
 
@@ -633,7 +640,7 @@ def cam2world(camera):
 
 
 def patch_grid(patch, n, resolution, device):
-    """Image coordinates of the pixels of an image or a patch, corners included. -> (n, H, W, 2), x right, y up, in [-1, 1]"""
+    """Coordinates of the pixels of an image or a patch, corners included: x right, y up, in [-1, 1]. -> (n, H, W, 2)"""
     line = torch.linspace(-1, 1, resolution, device=device)
     xy = torch.stack(torch.meshgrid(line, -line, indexing="xy"), dim=-1).expand(n, -1, -1, -1)
     if patch is None:
@@ -653,7 +660,7 @@ def camera_rays(camera, resolution, patch=None):
 
 
 class CameraAdaptor(nn.Module):
-    """One MLP of the camera generator: parameters (and z and class embeddings) -> new parameters, before the sigmoid."""
+    """One MLP of the camera generator: parameters, embeddings of z and class -> new parameters before the sigmoid."""
 
     def __init__(self, in_features, z_dim, num_classes, out_features, lr_mult):
         super().__init__()
@@ -763,7 +770,7 @@ def importance_depths(depths, weights, u):
 
 
 def ray_weights(sigma_raw, depths, density_scale=1.0):
-    """alpha_i = 1 - exp(-delta_i softplus(sigma_i)); weight = alpha x transmittance. sigma_raw, depths (..., S) -> (..., S)"""
+    """alpha_i = 1 - exp(-delta_i softplus(sigma_i)); weight = alpha x transmittance. (..., S), (..., S) -> (..., S)"""
     delta = torch.cat([depths[..., 1:] - depths[..., :-1], torch.full_like(depths[..., :1], 1e10)], -1)
     alpha = 1 - torch.exp(-density_scale * delta * F.softplus(sigma_raw))
     transmittance = torch.cumprod(torch.cat([torch.ones_like(alpha[..., :1]), 1 - alpha[..., :-1] + 1e-10], -1), -1)
@@ -1038,7 +1045,7 @@ def autocast(cfg, device):
 # Discriminator with a distillation head (paper section 3.4), and the teacher
 
 class PatchEncoder(nn.Module):
-    """(scale, offset x, offset y), each as sines, cosines and a learned embedding of 1000 x value. (B, 3) -> (B, 828)"""
+    """Scale and offset, each as sines, cosines and a learned embedding of 1000 x value. (B, 3) -> (B, 828)"""
 
     def __init__(self):
         super().__init__()
@@ -1073,7 +1080,7 @@ class DiscriminatorBlock(nn.Module):
 
 
 def minibatch_std(x):
-    """Append the mean standard deviation over groups of consecutive images as a channel. (B, C, H, W) -> (B, C+1, H, W)"""
+    """Append the mean standard deviation over groups of consecutive images. (B, C, H, W) -> (B, C+1, H, W)"""
     B, C, H, W = x.shape
     group = x.view(-1, min(MBSTD_GROUP, B), C, H, W)
     std = (group.var(dim=1, unbiased=False) + 1e-8).sqrt().mean(dim=(1, 2, 3))         # (B / 4,)
@@ -1098,7 +1105,7 @@ class DiscriminatorEpilogue(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """StyleGAN2's residual discriminator on patches, as wide as one for whole images: the first blocks do not downsample."""
+    """StyleGAN2's residual discriminator on patches, as wide as one for whole images: its first blocks keep size."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -1112,10 +1119,12 @@ class Discriminator(nn.Module):
                 img_channels if r == cfg.resolution else 0, channels(cfg, r), channels(cfg, r // 2),
                 down=2 if r <= cfg.patch_resolution else 1))
         self.head_mapping = MappingNetwork(0, 828 + cfg.num_classes, channels(cfg, 4))
+        with torch.no_grad():  # else the one-hot class drowns in 828 numbers, and short runs ignore it
+            self.head_mapping.embed.weight[:, :cfg.num_classes] *= math.sqrt(828)
         self.b4 = DiscriminatorEpilogue(channels(cfg, 4), cfg.teacher_dim)
 
     def forward(self, image, c, patch):
-        """image (B, 3 or 4, P, P), c int64 (B,), Patch -> score (B,), predicted teacher features (B, teacher_dim) or None"""
+        """image (B, 3 or 4, P, P), c int64 (B,), Patch -> score (B,), teacher features (B, teacher_dim) or None"""
         code = self.scalar_enc(torch.cat([patch.scale[:, None], patch.offset], 1))     # (B, 828)
         h = self.hyper_mod_mapping(None, code)
         x = image
@@ -1187,20 +1196,21 @@ def distillation_distance(predicted, target):
     return (predicted - target).norm(dim=1)
 
 
-def draw_latents(cfg, n, labels, device):
-    """n draws of z ~ N(0, I), a class by the data's frequencies, and a prior camera."""
+def draw_latents(cfg, n, labels):
+    """n draws of z ~ N(0, I), a class by the frequencies in the data's labels (N,), and a prior camera."""
+    device = labels.device
     z = torch.randn(n, cfg.z_dim, device=device)
-    c = labels[torch.randint(len(labels), (n,))] if cfg.num_classes else torch.zeros(n, dtype=torch.int64)
-    return z, c.to(device), sample_camera_prior(cfg, n, device)
+    c = labels[torch.randint(max(len(labels), 1), (n,), device=device)] if cfg.num_classes else z.new_zeros(n).long()
+    return z, c, sample_camera_prior(cfg, n, device)
 
 
-def camera_regularizer(G, labels, kimg, device):
+def camera_regularizer(G, labels, kimg):
     """What keeps the camera posterior from collapsing (paper section 3.2) -> loss, {name: (6,) or scalar} to log
 
     256 samples measure the mean direction, the first 64 of them the spread.
     """
-    cfg = G.cfg
-    z, c, prior = draw_latents(cfg, 256, labels, device)
+    cfg, device = G.cfg, labels.device
+    z, c, prior = draw_latents(cfg, 256, labels)
     posterior = G.camera_generator(prior, z, c)
     angles = torch.stack([posterior.yaw, posterior.pitch], 1).mean(0)
     center = (angles - camera_ranges(cfg, device)[:2].mean(1)).norm()
@@ -1222,23 +1232,26 @@ def camera_regularizer(G, labels, kimg, device):
 # ----------------------------------------------------------------------------------------------------------------------
 # Metrics: what a run logs about itself
 
-class FeatureMoments:
-    """Mean and covariance of features, in float64, summed over processes."""
+class Moments:
+    """Mean and covariance of named features, in float64, over processes (each must add every name)."""
 
     def __init__(self):
-        self.n, self.sum, self.outer = 0, 0, 0
+        self.parts = {}
 
-    def add(self, x):  # (B, F)
-        x = x.double()
-        self.n, self.sum, self.outer = self.n + len(x), self.sum + x.sum(0), self.outer + x.t() @ x
+    def add(self, **features):  # (B, F) each
+        for name, x in features.items():
+            x = F.pad(x.double(), (1, 0), value=1.0)    # with a one in front, x^T x holds count, sum and products
+            self.parts[name] = self.parts.get(name, 0) + x.t() @ x
 
     def result(self):
-        total = torch.cat([torch.full_like(self.sum[:1], self.n), self.sum, self.outer.flatten()])
-        if dist.is_initialized():
-            dist.all_reduce(total)
-        n, f = total[0], len(self.sum)
-        mean = total[1:f + 1] / n
-        return mean, (total[f + 1:].view(f, f) - n * torch.outer(mean, mean)) / (n - 1)
+        """-> {name: (mean (F,), covariance (F, F))}"""
+        out = {}
+        for name, total in self.parts.items():
+            if dist.is_initialized():
+                dist.all_reduce(total)
+            n, mean = total[0, 0], total[0, 1:] / total[0, 0]
+            out[name] = mean, (total[1:, 1:] - n * torch.outer(mean, mean)) / (n - 1)
+        return out
 
 
 def frechet_distance(a, b):
@@ -1262,90 +1275,79 @@ def wasserstein_1d(a, b):
     return (a.sort(0).values - b.sort(0).values).abs().mean(0)
 
 
-def small_rgbd(image):
-    """8x8 area averages of RGB-D: 256 numbers that say whether things have the right place, colour and depth."""
-    return F.adaptive_avg_pool2d(image, 8).flatten(1)
+def features(image, teacher):
+    """What distances are measured on: 8x8 area averages of all channels (where things are, their colour and depth) and
+    of depth alone, and the teacher's features. image (B, 3 or 4, H, W) -> {name: (B, F)}"""
+    out = dict(rgbd8=F.adaptive_avg_pool2d(image, 8).flatten(1))
+    if image.shape[1] == 4:
+        out["depth8"] = F.adaptive_avg_pool2d(image[:, 3:], 8).flatten(1)
+    if teacher is not None:
+        out["teacher"] = teacher(image[:, :3].clamp(-1, 1))
+    return out
 
 
 def load_items(data, indices, device):
+    """Items of the data as one batch on the device, with `real` (B, 3 or 4, R, R) in [-1, 1]."""
     batch = collate([data[i] for i in indices])
     if "image" not in batch:
-        raise UserError(f"no readable image among {ImageData.MAX_BAD_RUN} in a row; the first is {batch['bad'][0]}")
-    batch["rgb"] = batch["image"].to(device).float() / 127.5 - 1
-    batch["rgbd"] = torch.cat([batch["rgb"], batch["depth"].to(device)], 1) if "depth" in batch else batch["rgb"]
-    return batch
+        raise UserError(f"no readable image among {len(batch['bad'])} in a row; the first is {batch['bad'][0]}")
+    return {**batch, "real": real_images(batch, device)}
 
 
 @torch.no_grad()
-def evaluate(G, data, teacher, labels, rank, world, device, cache):
+def evaluate(G, data, teacher, labels, rank, world, cache):
     """Distances between renders of G (in evaluation mode) and the data, over all processes. -> {name: number or list}
 
-    `cache` (a dict) keeps the real side. Draws are the same at every call and do not depend on the number of processes.
+    `cache` (a dict) keeps the data's side. Draws are the same at every call, however many processes there are.
     """
-    cfg, size = G.cfg, 16
+    cfg, device = G.cfg, labels.device
     n = min(cfg.eval_images, len(data))
-    chunks = [(b, list(range(b, min(b + size, n)))) for b in range(rank * size, n, world * size)]
-    shuffled = np.random.default_rng(0).permutation(len(data))
-    out = {}
-    if "rgbd" not in cache:
-        real = {name: FeatureMoments() for name in ("rgbd", "teacher", "depth")}
-        for _, chunk in tqdm(chunks, desc="measuring the data", unit="batch", disable=rank > 0, leave=False):
-            batch = load_items(data, [int(shuffled[i]) for i in chunk], device)
-            real["rgbd"].add(small_rgbd(batch["rgbd"]))
-            if "depth" in batch:
-                real["depth"].add(small_rgbd(batch["rgbd"][:, 3:]))
-            if teacher is not None:
-                real["teacher"].add(teacher(batch["rgb"]))
-        cache.update({name: m.result() for name, m in real.items() if isinstance(m.sum, torch.Tensor)})
-    fake = {name: FeatureMoments() for name in ("rgbd", "teacher", "depth", "raw", "nfs")}
-    last = torch.full((size,), 3, device=device)
-    for first, chunk in tqdm(chunks, desc="measuring samples", unit="batch", disable=rank > 0, leave=False):
-        seed_draws(cfg.seed, -1, "evaluate", first)
-        z, c, prior = draw_latents(cfg, len(chunk), labels, device)
-        rgb, depth = G.render(G.backbone(G.mapping(z, c)), G.pose(prior, z, c), cfg.resolution)
-        fake["nfs"].add(non_flatness_score(depth, cfg.near, cfg.far)[:, None])
-        if teacher is not None:
-            fake["teacher"].add(teacher(rgb.clamp(-1, 1)))
+    size = min(16, max(1, n // world))
+    chunks = [range(first, min(first + size, n)) for first in range(rank * size, n, world * size)]
+    bar = dict(unit="batch", disable=rank > 0, leave=False)
+    if not cache:
+        order, moments = np.random.default_rng(0).permutation(len(data)), Moments()
+        for chunk in tqdm(chunks, desc="measuring the data", **bar):
+            moments.add(**features(load_items(data, order[chunk].tolist(), device)["real"], teacher))
+        cache.update(moments.result())
+    moments = Moments()
+    for chunk in tqdm(chunks, desc="measuring samples", **bar):
+        seed_draws(cfg.seed, -1, "evaluate", chunk[0])
+        z, c, prior = draw_latents(cfg, len(chunk), labels)
+        image, depth = G.render(G.backbone(G.mapping(z, c)), G.pose(prior, z, c), cfg.resolution)
         if G.depth_adaptor is not None:
-            adapted = G.depth_adaptor(depth, last[:len(chunk)])
-            fake["depth"].add(small_rgbd(adapted))
-            fake["raw"].add(small_rgbd(G.depth_adaptor.normalize(depth)))
-            rgb = torch.cat([rgb, adapted], 1)
-        fake["rgbd"].add(small_rgbd(rgb))
-    fake = {name: m.result() for name, m in fake.items() if isinstance(m.sum, torch.Tensor)}
-    out["fd_rgbd8"] = frechet_distance(cache["rgbd"], fake["rgbd"])
-    if teacher is not None:
-        out["fd_teacher"] = frechet_distance(cache["teacher"], fake["teacher"])
+            adapted = G.depth_adaptor(depth, torch.full((len(chunk),), 3, device=device))
+            moments.add(raw8=F.adaptive_avg_pool2d(G.depth_adaptor.normalize(depth), 8).flatten(1))
+            image = torch.cat([image, adapted], 1)
+        moments.add(**features(image, teacher), nfs=non_flatness_score(depth, cfg.near, cfg.far)[:, None])
+    fake = moments.result()
+    out = {f"fd_{name}": frechet_distance(cache[name], fake[name]) for name in cache}
     if G.depth_adaptor is not None:  # is adapted depth closer to estimated depth than raw depth is?
-        out["fd_depth8_raw"] = frechet_distance(cache["depth"], fake["raw"])
-        out["fd_depth8_adapted"] = frechet_distance(cache["depth"], fake["depth"])
+        out["fd_raw_depth8"] = frechet_distance(cache["depth8"], fake["raw8"])
     out["nfs"] = float(fake["nfs"][0])
-    if isinstance(data, ShapesData):
-        out.update(evaluate_truth(G, data, labels, device))
-    return out
+    return {**out, **evaluate_truth(G, data, labels)} if isinstance(data, ShapesData) else out
 
 
 @torch.no_grad()
-def evaluate_truth(G, data, labels, device, n=1024):
-    """Where the truth is known: distance of the camera posterior and of the prior to the true cameras, and of adapted and
-    raw true depth to the estimated one (mean absolute difference)."""
-    cfg, out = G.cfg, {}
-    seed_draws(cfg.seed, -1, "evaluate_truth", 0)
-    z, c, prior = draw_latents(cfg, n, labels, device)
-    true = data.true_cameras(n).to(device)
+def evaluate_truth(G, data, labels, n=1024):
+    """Where the truth is known: per camera parameter, the distance of posterior and prior to the true cameras; and the
+    mean absolute difference of adapted and raw true depth to the estimated one. -> {name: number or list}"""
+    seed_draws(G.cfg.seed, -1, "evaluate_truth", 0)
+    z, c, prior = draw_latents(G.cfg, n, labels)
+    def centred(p):  # mean yaw and pitch are no property of the data: the scene can turn instead
+        return torch.cat([p[:, :2] - p[:, :2].mean(0), p[:, 2:]], 1)
+    true, out = data.true_cameras(n).to(z.device), {}
     for name, camera in (("posterior", G.pose(prior, z, c)), ("prior", prior)):
-        p, q = camera_parameters(camera), true.clone()
-        p[:, :2], q[:, :2] = p[:, :2] - p[:, :2].mean(0), q[:, :2] - q[:, :2].mean(0)   # the scene can turn instead
-        out[f"camera_w1_{name}"] = wasserstein_1d(p, q).tolist()
-        out[f"camera_mean_{name}"] = camera_parameters(camera).mean(0).tolist()
-        out[f"camera_std_{name}"] = camera_parameters(camera).std(0).tolist()
+        p = camera_parameters(camera)
+        out.update({f"camera_w1_{name}": wasserstein_1d(centred(p), centred(true)).tolist(),
+                    f"camera_mean_{name}": p.mean(0).tolist(), f"camera_std_{name}": p.std(0).tolist()})
     if G.depth_adaptor is not None:
-        batch = load_items(data, range(64), device)
-        true_depth, estimate = batch["true_depth"].to(device), batch["depth"].to(device)
-        adapted = G.depth_adaptor.candidates(true_depth)
-        out["depth_error_raw"] = float((adapted[0] - estimate).abs().mean())
-        out["depth_error_adapted"] = float((adapted[3] - estimate).abs().mean())
+        batch = load_items(data, range(64), z.device)
+        candidates = G.depth_adaptor.candidates(batch["true_depth"].to(z.device))
+        error = (candidates - batch["real"][:, 3:]).abs().flatten(1).mean(1)
+        out.update(depth_error_raw=float(error[0]), depth_error_adapted=float(error[3]))
     return out
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Training
@@ -1369,7 +1371,8 @@ def load_tensors(path, flag):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # a damaged or foreign file raises anything
-        reason = "no such file" if isinstance(e, FileNotFoundError) else f"not a readable file of tensors ({type(e).__name__})"
+        missing = isinstance(e, FileNotFoundError)
+        reason = "no such file" if missing else f"not a readable file of tensors ({type(e).__name__})"
         raise UserError(f"{flag} {path}: {reason}") from None
 
 
@@ -1421,7 +1424,7 @@ class Averages:
 
 def generator_step(G, D, opt_g, labels, patches, step, kimg, first_micro, share, micro, world, stats):
     """One update of G. -> the fakes it made, for the discriminator's step: one pass of the generator serves both."""
-    cfg, device = G.cfg, next(G.parameters()).device
+    cfg, device = G.cfg, labels.device
     sigma = schedules(cfg, kimg)["blur_sigma"]
     G.density_noise = schedules(cfg, kimg)["density_noise"]
     D.requires_grad_(False)
@@ -1429,7 +1432,7 @@ def generator_step(G, D, opt_g, labels, patches, step, kimg, first_micro, share,
     fakes, w_sum = [], 0
     for m in range(share // micro):
         seed_draws(cfg.seed, step, "generator", first_micro + m)
-        z, c, prior = draw_latents(cfg, micro, labels, device)
+        z, c, prior = draw_latents(cfg, micro, labels)
         choice = sample_adaptor_choice(cfg, micro, kimg, device)
         patch = rows(patches, m * micro, (m + 1) * micro)
         image, w = synthesize(G, z, c, prior, choice, patch)
@@ -1443,7 +1446,7 @@ def generator_step(G, D, opt_g, labels, patches, step, kimg, first_micro, share,
                   depth_choice=F.one_hot(choice, 4).float().mean(0))
     if G.camera_generator is not None:
         seed_draws(cfg.seed, step, "camera", 0)               # the same draws in every process
-        loss, log = camera_regularizer(G, labels, kimg, device)
+        loss, log = camera_regularizer(G, labels, kimg)
         loss.backward()
         stats.add(**log)
     if G.depth_adaptor is not None:
@@ -1473,12 +1476,12 @@ def discriminator_step(D, cfg, opt_d, teacher, real, labels, fakes, patches, sca
         loss = F.softplus(score).mean()                     # -log(1 - sigmoid(score))
         (loss / len(fakes)).backward()
         stats.add(loss_d_fake=loss)
-        image = blur(extract_patch(whole, patch, cfg.patch_resolution), now["blur_sigma"]).detach().requires_grad_(lazy_r1)
+        image = blur(extract_patch(whole, patch, cfg.patch_resolution), now["blur_sigma"]).requires_grad_(lazy_r1)
         with contextlib.nullcontext() if lazy_r1 else autocast(cfg, fake.device):
             score, predicted = D(image, c, patch)           # R1's double backward runs in full precision
         real_loss = F.softplus(-score.float()).mean()
         loss = real_loss
-        if teacher is not None:
+        if teacher is not None and cfg.kd_weight > 0:
             distance = distillation_distance(predicted.float(), teacher(whole[:, :3]))
             loss = loss + now["kd_weight"] * (distance * patch.scale / scale_mean).mean()
             stats.add(kd_distance=distance.mean())
@@ -1522,7 +1525,8 @@ def save_checkpoint(out, cfg, state, modules):
     path = checkpoint_path(out, state["images"])
     with atomic(path) as tmp:
         try:
-            torch.save(dict(config=dataclasses.asdict(cfg), **state, **{k: m.state_dict() for k, m in modules.items()}), tmp)
+            torch.save({"config": dataclasses.asdict(cfg), **state, **{k: m.state_dict() for k, m in modules.items()}},
+                       tmp)
         except RuntimeError as e:  # how torch reports a full disk
             raise OSError(str(e).splitlines()[0]) from None
     return path
@@ -1530,7 +1534,7 @@ def save_checkpoint(out, cfg, state, modules):
 
 def load_checkpoint(path):
     state = load_tensors(path, "--resume")
-    if not isinstance(state, dict) or not {"config", "step", "images", "G", "D", "G_ema", "opt_g", "opt_d"} <= set(state):
+    if not isinstance(state, dict) or not {"config", "step", "images", "G", "D", "G_ema", "opt_g", "opt_d"} <= {*state}:
         raise UserError(f"--resume {path}: not a checkpoint of this program")
     return state
 
@@ -1551,18 +1555,19 @@ def validate(cfg, world):
         check(v >= 8 and v & (v - 1) == 0, f"--{name.replace('_', '-')} {v}: must be a power of two, 8 or more")
     check(cfg.patch_resolution <= cfg.resolution,
           f"--patch-resolution {cfg.patch_resolution}: larger than --resolution {cfg.resolution}")
-    for name in ("batch_size", "batch_gpu", "triplane_features", "channel_base", "channel_max", "adaptor_channels", "z_dim",
-                 "w_dim", "r1_interval", "kimg", "snapshot_kimg", "log_kimg"):
+    for name in ("batch_size", "batch_gpu", "triplane_features", "channel_base", "channel_max", "adaptor_channels",
+                 "z_dim", "w_dim", "r1_interval", "kimg", "snapshot_kimg", "log_kimg"):
         check(getattr(cfg, name) > 0, f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be positive")
     check(cfg.channel_base >= max(cfg.resolution, cfg.triplane_resolution),
           f"--channel-base {cfg.channel_base}: leaves no channel at the highest resolution")
-    check(cfg.coarse_samples >= 3 and cfg.fine_samples >= 1, "--coarse-samples must be 3 or more, --fine-samples 1 or more")
+    check(cfg.coarse_samples >= 3, f"--coarse-samples {cfg.coarse_samples}: must be 3 or more")
+    check(cfg.fine_samples >= 1, f"--fine-samples {cfg.fine_samples}: must be 1 or more")
     check(cfg.near < cfg.far, f"--near {cfg.near}: must be less than --far {cfg.far}")
     check(cfg.batch_size % world == 0, f"--batch-size {cfg.batch_size}: not divisible by {world} processes")
     share = cfg.batch_size // world
     micro = min(cfg.batch_gpu, share)
-    check(micro % MBSTD_GROUP == 0, f"--batch-size {cfg.batch_size} over {world} processes, --batch-gpu {cfg.batch_gpu}: "
-          f"a pass has {micro} images, but must have a multiple of {MBSTD_GROUP} (mini-batch standard deviation)")
+    check(micro % MBSTD_GROUP == 0, f"--batch-size {cfg.batch_size} over {world} processes, --batch-gpu {cfg.batch_gpu}"
+          f": a pass has {micro} images, but must have a multiple of {MBSTD_GROUP} (mini-batch standard deviation)")
     check(share % micro == 0, f"--batch-gpu {cfg.batch_gpu}: does not divide a process's share of {share} images")
 
 
@@ -1611,7 +1616,7 @@ def train(cfg, resumed=None):
         for name, module in modules.items():
             module.load_state_dict(resumed[name])
         step, images, seconds_before = resumed["step"], resumed["images"], resumed["seconds"]
-    labels = torch.from_numpy(data.labels)
+    labels = torch.from_numpy(data.labels).to(device)
     total_steps = math.ceil(cfg.kimg * 1000 / cfg.batch_size)
 
     # the run folder
@@ -1627,12 +1632,12 @@ def train(cfg, resumed=None):
             lines = (out / "log.jsonl").read_text().splitlines()
             with atomic(out / "log.jsonl") as tmp:
                 tmp.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["kimg"] <= images / 1000))
-        write_reals(data, labels, device, out / "reals.png")
+        write_reals(data, out / "reals.png")
     count = sum(p.numel() for p in G.parameters()) / 1e6, sum(p.numel() for p in D.parameters()) / 1e6
     say(f"{cfg.data}: {len(data):,} images, {cfg.num_classes or 'no'} classes; {cfg.resolution}², patches "
         f"{cfg.patch_resolution}², {'RGB and depth' if cfg.depth != 'none' else 'RGB alone'}; teacher {cfg.teacher}\n"
-        f"G {count[0]:.1f} M, D {count[1]:.1f} M parameters; batch {world} x {share // micro} x {micro} on {device.type}; "
-        f"writing to {out}")
+        f"G {count[0]:.1f} M, D {count[1]:.1f} M parameters; batch {world} x {share // micro} x {micro} on "
+        f"{device.type}; writing to {out}")
 
     loader = torch.utils.data.DataLoader(
         MirroredData(data), batch_sampler=Batches(cfg, len(data), step, rank, world), num_workers=cfg.workers,
@@ -1651,9 +1656,9 @@ def train(cfg, resumed=None):
             if checkpoint:
                 save_checkpoint(out, cfg, dict(step=step, images=images,
                                                seconds=seconds_before + time.time() - start), modules)
-            write_samples(ema, labels, device, out / f"samples-{images / 1000:010.3f}.png")
+            write_samples(ema, labels, out / f"samples-{images / 1000:010.3f}.png")
         if cfg.eval_images:
-            result = evaluate(ema, data, teacher, labels, rank, world, device, cache)
+            result = evaluate(ema, data, teacher, labels, rank, world, cache)
             log(dict(metrics=result))
             say(f"{images / 1000:g} kimg: " + ", ".join(f"{k} {v:.4g}" for k, v in result.items()
                                                           if isinstance(v, float)), flush=True)
@@ -1673,12 +1678,10 @@ def train(cfg, resumed=None):
             for name in batch["bad"]:
                 bad_names.setdefault(name, False)
             if "image" not in batch:
-                raise UserError(f"--data {cfg.data}: {ImageData.MAX_BAD_RUN} images in a row (or all) are unreadable, the "
-                                f"first is {batch['bad'][0]}")
+                raise UserError(f"--data {cfg.data}: {len(batch['bad'])} images in a row are unreadable, the first is "
+                                f"{batch['bad'][0]}")
             kimg = images / 1000
-            real = batch["image"].to(device, non_blocking=True).float() / 127.5 - 1
-            if cfg.depth != "none":
-                real = torch.cat([real, batch["depth"].to(device, non_blocking=True)], 1)  # (B, 4, R, R)
+            real = real_images(batch, device)                                          # (B, 3 or 4, R, R)
             # reals and fakes have the same patches; those of the whole batch are drawn in every process, since the
             # distillation's weight needs their mean scale
             seed_draws(cfg.seed, step, "patches", 0)
@@ -1686,8 +1689,8 @@ def train(cfg, resumed=None):
             scale_mean = float(patches.scale.mean())
             patches = Patch(*(t.to(device) for t in rows(patches, first, first + share)))
             fakes = generator_step(G, D, opt_g, labels, patches, step, kimg, first // micro, share, micro, world, stats)
-            discriminator_step(D, cfg, opt_d, teacher, real, batch["label"].to(device), fakes, patches, scale_mean, step,
-                               kimg, world, stats)
+            discriminator_step(D, cfg, opt_d, teacher, real, batch["label"].to(device), fakes, patches, scale_mean,
+                               step, kimg, world, stats)
             step, images = step + 1, images + cfg.batch_size
             update_ema(ema, G, cfg.batch_size, images / 1000, cfg)
             bar.update(cfg.batch_size)
@@ -1739,7 +1742,8 @@ def check_readable(bad_names, images, cfg, rank, world):
         if rank == 0:
             tqdm.write(f"skipped, unreadable: {name}", file=sys.stderr)
     if len(bad_names) > 10 and images <= 1000:
-        raise UserError(f"--data {cfg.data}: {len(bad_names)} of the first {images} images are unreadable; mend the data")
+        raise UserError(f"--data {cfg.data}: {len(bad_names)} of the first {images} images are unreadable; mend the "
+                        "data")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1754,7 +1758,7 @@ def to_picture(rgb, depth=None, near=None, far=None):
 
 
 def write_grid(cells, columns, path, at_least=96):
-    """A PNG of equal pictures (H, W, 3), row by row; small ones enlarged without smoothing so that pixels stay visible."""
+    """A PNG of equal pictures (H, W, 3), row by row; small ones are enlarged without smoothing: pixels stay visible."""
     rows_ = [np.concatenate(cells[i:i + columns], 1) for i in range(0, len(cells) - columns + 1, columns)]
     image = PIL.Image.fromarray(np.concatenate(rows_, 0))
     zoom = -(-at_least // cells[0].shape[1])
@@ -1771,32 +1775,29 @@ def grid_indices(labels, n):
     return [int(by_class[i % len(by_class)][i // len(by_class) % len(by_class[i % len(by_class)])]) for i in range(n)]
 
 
-def write_reals(data, labels, device, path):
-    indices = [i % len(data) for i in grid_indices(labels.numpy(), 32)]
-    batch = load_items(data, indices, device)
-    depth = batch["depth"] if "depth" in batch else [None] * len(indices)
-    write_grid([to_picture(rgb, d if d is None else d.to(device), -1, 1) for rgb, d in zip(batch["rgb"], depth)], 16, path)
+def write_reals(data, path):
+    real = load_items(data, [i % len(data) for i in grid_indices(data.labels, 32)], "cpu")["real"]
+    write_grid([to_picture(x[:3], x[3:] if len(x) == 4 else None, -1, 1) for x in real], 16, path)
 
 
 @torch.no_grad()
-def write_samples(G, labels, device, path, scenes=16, views=4):
+def write_samples(G, labels, path, scenes=16, views=4):
     """A grid of fixed z and classes: RGB over depth, `views` views of a scene side by side, 4 scenes in a row.
 
     The views turn about each scene by 0.3 radians to both sides of the posterior camera's mean yaw.
     """
     cfg, cells = G.cfg, []
     seed_draws(cfg.seed, -1, "samples", 0)
-    z, _, prior = draw_latents(cfg, scenes, labels, device)
-    present = torch.unique(labels) if cfg.num_classes else torch.zeros(1, dtype=torch.int64)
-    c = present[torch.arange(scenes) % len(present)].to(device)
+    z, _, prior = draw_latents(cfg, scenes, labels)
+    present = torch.unique(labels) if cfg.num_classes else z.new_zeros(1).long()
+    c = present[torch.arange(scenes, device=z.device) % len(present)]
     camera = G.pose(prior, z, c)
-    offsets = torch.linspace(-0.3, 0.3, views)
+    yaws = camera.yaw.mean() + torch.linspace(-0.3, 0.3, views, device=z.device)
     for i in range(scenes):
-        planes = G.backbone(G.mapping(z[i:i + 1], c[i:i + 1]))
-        pose = rows(camera, i, i + 1)
-        shots = [G.render(planes, pose._replace(yaw=camera.yaw.mean()[None] + o), cfg.resolution) for o in offsets.to(device)]
-        near, far = (float(f(d for d in (getattr(s[1], n)() for s in shots))) for f, n in ((min, "min"), (max, "max")))
-        cells += [to_picture(rgb[0], depth[0], near, far) for rgb, depth in shots]
+        planes = G.backbone(G.mapping(z[i:i + 1], c[i:i + 1])).expand(views, -1, -1, -1, -1)
+        pose = Camera(*(x[i:i + 1].expand(views, *x.shape[1:]) for x in camera))._replace(yaw=yaws)
+        rgb, depth = G.render(planes, pose, cfg.resolution)
+        cells += [to_picture(x, d, float(depth.min()), float(depth.max())) for x, d in zip(rgb, depth)]
     write_grid(cells, 4 * views, path)
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1805,8 +1806,8 @@ def write_samples(G, labels, device, path, scenes=16, views=4):
 def parse_arguments(argv):
     """-> mode, {field: value} of the options given"""
     parser = argparse.ArgumentParser(
-        prog="3dgp.py", description="3DGP: a 3D GAN for any category, from unposed photographs. Modes: train (default); "
-        "sample, eval and bench are not there yet.", argument_default=argparse.SUPPRESS,
+        prog="3dgp.py", description="3DGP: a 3D GAN for any category, from unposed photographs. Modes: train "
+        "(default); sample, eval and bench are not there yet.", argument_default=argparse.SUPPRESS,
         epilog="Defaults are the published ones at 256²; --preset and --data change them: " + "; ".join(
             f"{name}: " + ", ".join(f"{k} {v}" for k, v in {**PRESETS, **DATA_PRESETS}[name].items())
             for name in ("tiny", "small", "imagenet", "dogs")))
@@ -1854,7 +1855,8 @@ def resolve(given):
     if not given.get("resume"):
         cfg = make_config(given)
         if cfg.out and (Path(cfg.out) / "log.jsonl").exists():
-            raise UserError(f"--out {cfg.out}: holds a run already; go on with it by --resume latest, or name another folder")
+            raise UserError(f"--out {cfg.out}: holds a run already; go on with it by --resume latest, or name another "
+                            "folder")
         return dataclasses.replace(cfg, out=cfg.out or str(free)), None
     path = given["resume"]
     if path == "latest":

@@ -273,7 +273,7 @@ def test_adaptor_computes_the_chosen_candidates():
 def test_labels_are_drawn_by_their_frequencies():
     torch.manual_seed(0)
     labels = torch.tensor([0] * 700 + [1] * 100 + [2] * 200)
-    c = m.draw_latents(micro(), 20_000, labels, "cpu")[1]
+    c = m.draw_latents(micro(), 20_000, labels)[1]
     assert np.bincount(c.numpy()) / 20_000 == pytest.approx([0.7, 0.1, 0.2], abs=0.02)
 
 
@@ -297,11 +297,11 @@ def test_frechet_distance_closed_forms():
     assert m.frechet_distance((mean, cov), (mean, cov)) == pytest.approx(0, abs=1e-9)
     assert m.frechet_distance((mean, cov), (mean + 2, cov)) == pytest.approx(12)
     assert m.frechet_distance((mean, cov), (mean, 4 * cov)) == pytest.approx(1 + 4 + 9)    # sum of (2 s - s)²
-    moments = m.FeatureMoments()
+    moments = m.Moments()
     x = torch.randn(50, 3)
     for part in x.split(20):
-        moments.add(part)
-    got_mean, got_cov = moments.result()
+        moments.add(x=part)
+    got_mean, got_cov = moments.result()["x"]
     assert torch.allclose(got_mean.float(), x.mean(0), atol=1e-6) and torch.allclose(got_cov.float(), x.t().cov(), atol=1e-5)
 
 

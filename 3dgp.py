@@ -134,12 +134,12 @@ class Config:
 
 # Model sizes. tiny and small are short runs, so their schedules are short, and their camera regulariser counts in
 # shares of the prior's ranges: with the published units a short run leaves the field of view stuck at its upper end.
-SHORT = dict(camera_reg_units="range", camera_reg_weights=(20.0, 10.0, 20.0, 2.0), camera_lr_mult=1.0)
+SHORT = dict(camera_reg_units="range", camera_reg_weights=(20.0, 20.0, 20.0, 20.0), camera_lr_mult=1.0)
 PRESETS = {
     "tiny": dict(resolution=32, patch_resolution=32, triplane_resolution=32, triplane_features=16, channel_base=2048,
                  channel_max=64, adaptor_channels=16, z_dim=64, w_dim=64, coarse_samples=8, fine_samples=8,
-                 batch_size=16, batch_gpu=16, kimg=18, r1_gamma=0.5, ema_kimg=0.5, density_noise_kimg=4, adaptor_kimg=7,
-                 camera_reg_kimg=2, patch_kimg=7, blur_sigma=2.0, blur_kimg=1, snapshot_kimg=3, log_kimg=0.25,
+                 batch_size=8, batch_gpu=8, kimg=18, r1_gamma=0.5, ema_kimg=0.5, density_noise_kimg=2, adaptor_kimg=5,
+                 camera_reg_kimg=2, patch_kimg=7, blur_sigma=2.0, blur_kimg=1, snapshot_kimg=4.5, log_kimg=0.25,
                  eval_images=1024, workers=1, **SHORT),
     "small": dict(resolution=64, patch_resolution=64, triplane_resolution=128, triplane_features=32, channel_base=8192,
                   channel_max=256, z_dim=128, w_dim=128, coarse_samples=24, fine_samples=24, batch_size=32,
@@ -211,13 +211,18 @@ class ImageData:
         self.source, self.resolution, self.use_depth = Path(source), cfg.resolution, cfg.depth != "none"
         self.zip, self.zip_pid = None, None
         if self.source.is_dir():
-            files = sorted(str(p.relative_to(self.source)) for p in self.source.rglob("*") if p.is_file())
+            files, seen = [], set()
+            for folder, folders, members in os.walk(self.source, followlinks=True):
+                folders[:] = [] if os.path.realpath(folder) in seen else folders       # links can make circles
+                seen.add(os.path.realpath(folder))
+                files += [os.path.relpath(os.path.join(folder, f), self.source) for f in members]
         elif zipfile.is_zipfile(self.source):
             with zipfile.ZipFile(self.source) as z:
-                files = sorted(i.filename for i in z.infolist() if not i.is_dir())
+                files = [i.filename for i in z.infolist() if not i.is_dir()]
         else:
             raise UserError(f"--data {source}: neither a folder nor a zip file")
-        names = [f for f in files if Path(f).suffix.lower() in IMAGE_SUFFIXES and not Path(f).name.startswith(".")]
+        names = sorted(f for f in files if Path(f).suffix.lower() in IMAGE_SUFFIXES
+                       and not any(part.startswith((".", "__MACOSX")) for part in Path(f).parts))
         depths = {f for f in names if f.endswith("_depth.png")}
         self.names = [f for f in names if f not in depths]
         if not self.names:
@@ -226,8 +231,8 @@ class ImageData:
             missing = [f for f in self.names if self.depth_name(f) not in depths]
             if missing:
                 raise UserError(f"--data {source}: {len(missing)} of {len(self.names)} images have no depth, the first "
-                                f"is {missing[0]} (its depth would be {Path(self.depth_name(missing[0])).name}); make "
-                                "depth with lereS_depth.py, or train on RGB alone with --depth none")
+                                f"is {missing[0]} (its depth would be {Path(self.depth_name(missing[0])).name}); write "
+                                "there what any depth estimator says, or train on RGB alone with --depth none")
         self.labels = self.read_labels("dataset.json" in files)
         self.num_classes = int(self.labels.max()) + 1 if len(self.labels) else 0
 
@@ -241,11 +246,11 @@ class ImageData:
             try:
                 listed = json.loads(self.read("dataset.json"))["labels"]
                 table = {str(name): int(label) for name, label in listed} if listed else None
-            except (ValueError, KeyError, TypeError) as e:
+                if table and not 0 <= min(table.values()) <= max(table.values()) < 100_000:
+                    raise ValueError("classes must be numbers from 0 to 99,999")
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError, zipfile.BadZipFile) as e:
                 raise UserError(f'--data {self.source}: dataset.json is not of the form {{"labels": [["file", class], '
                                 f'...]}} ({e})') from None
-            if table and min(table.values()) < 0:
-                raise UserError(f"--data {self.source}: dataset.json has a negative class")
         else:
             folders = sorted({Path(f).parts[0] for f in self.names if len(Path(f).parts) > 1})
             table = {f: folders.index(Path(f).parts[0]) for f in self.names if len(Path(f).parts) > 1}
@@ -280,6 +285,8 @@ class ImageData:
                 band = f.getchannel(0) if len(f.getbands()) > 1 else f
                 d = PIL.Image.fromarray(np.asarray(band).astype(np.float32))
             d = np.asarray(crop_resize(d, self.resolution, PIL.Image.BILINEAR))
+            if not np.isfinite(d).all():
+                raise ValueError("depth is not finite")
             d = 2 * (d - d.min()) / max(d.max() - d.min(), 1e-6) - 1
             item["depth"] = torch.from_numpy(d[None].astype(np.float32))
         return item
@@ -297,11 +304,11 @@ class ImageData:
         return dict(bad=bad)
 
 
-# Signed distance of each solid from points p (N, 3), y up; about one unit in size, standing on y = -1 or higher.
 def length(*coords):
     return np.sqrt(sum(c * c for c in coords))
 
 
+# Signed distance of each solid from points (x, y, z), y up; about one unit in size, standing on y = -1 or higher.
 SOLIDS = {
     "sphere": lambda x, y, z: length(x, y, z) - 1,
     "box": lambda x, y, z: np.maximum(np.maximum(abs(x), abs(z)) - 0.75, abs(y) - 1),
@@ -939,18 +946,8 @@ class DepthAdaptor(nn.Module):
         return torch.stack(out)
 
     def forward(self, depth, choice):
-        """Candidate choice[i], an int64 (B,), for each sample, computing no deeper than chosen. -> (B, 1, H, W)"""
-        out = x = self.normalize(depth)
-        left = torch.arange(len(depth), device=depth.device)                          # samples that go on
-        for level, layer in enumerate(self.layers, 1):
-            on = choice[left] >= level
-            left = left[on]
-            if len(left) == 0:
-                break
-            x = layer(x[on])
-            done = choice[left] == level
-            out = out.index_copy(0, left[done], self.head(x[done]).to(out.dtype))
-        return out
+        """Candidate choice[i], an int64 (B,), of each sample. -> (B, 1, H, W)"""
+        return self.candidates(depth)[choice, torch.arange(len(choice), device=choice.device)]
 
 
 def sample_adaptor_choice(cfg, n, kimg, device):
@@ -962,6 +959,11 @@ def sample_adaptor_choice(cfg, n, kimg, device):
         share = {"never": 0.0, "half": 0.5, "always": 1.0}[cfg.depth_adaptor]
         probabilities = torch.tensor([1 - share, 0, 0, share])
     return torch.multinomial(probabilities, n, replacement=True).to(device)
+
+
+def evaluation_level(cfg):
+    """The candidate that is looked at outside training: the last, unless that is never trained."""
+    return 0 if cfg.depth_adaptor == "never" else 3
 
 
 class Generator(nn.Module):
@@ -1019,6 +1021,10 @@ class Generator(nn.Module):
         return prior if self.cfg.camera == "prior" else frontal_camera(self.cfg, len(z), z.device)
 
 
+def autocast(cfg, device):
+    return torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
+
+
 def synthesize(G, z, c, prior, choice, patch=None):
     """One pass from z to what the discriminator sees (paper figure 2).
 
@@ -1036,10 +1042,6 @@ def synthesize(G, z, c, prior, choice, patch=None):
     with autocast(cfg, z.device):
         adapted = G.depth_adaptor(depth, choice)
     return torch.cat([rgb, adapted.float()], 1), w
-
-
-def autocast(cfg, device):
-    return torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Discriminator with a distillation head (paper section 3.4), and the teacher
@@ -1068,7 +1070,7 @@ class DiscriminatorBlock(nn.Module):
         self.fromrgb = Conv2d(img_channels, in_channels, 1, leaky_relu) if img_channels else None
         self.conv0 = Conv2d(in_channels, in_channels, 3, leaky_relu)
         self.conv1 = Conv2d(in_channels, out_channels, 3, leaky_relu, down=down, gain=math.sqrt(0.5))
-        self.conv1.affine = Linear(512, in_channels)
+        self.conv1.affine = Linear(512, in_channels)      # named as in the reference
         self.skip = Conv2d(in_channels, out_channels, 1, bias=False, down=down, gain=math.sqrt(0.5))
 
     def forward(self, x, h):  # (B, in, H, W), (B, 512) -> (B, out, H/down, W/down)
@@ -1119,7 +1121,7 @@ class Discriminator(nn.Module):
                 img_channels if r == cfg.resolution else 0, channels(cfg, r), channels(cfg, r // 2),
                 down=2 if r <= cfg.patch_resolution else 1))
         self.head_mapping = MappingNetwork(0, 828 + cfg.num_classes, channels(cfg, 4))
-        with torch.no_grad():  # else the one-hot class drowns in 828 numbers, and short runs ignore it
+        with torch.no_grad():  # ours: else the one-hot class drowns in 828 numbers, and short runs ignore it
             self.head_mapping.embed.weight[:, :cfg.num_classes] *= math.sqrt(828)
         self.b4 = DiscriminatorEpilogue(channels(cfg, 4), cfg.teacher_dim)
 
@@ -1130,11 +1132,12 @@ class Discriminator(nn.Module):
         x = image
         for r in self.resolutions:
             x = getattr(self, f"b{r}")(x, h)
-        x, features = self.b4(x.to(code.dtype))
         if self.num_classes:
             code = torch.cat([F.one_hot(c, self.num_classes).to(code.dtype), code], 1)
-        m = self.head_mapping(None, code)
-        return (x * m).sum(1) / math.sqrt(m.shape[1]), features
+        with torch.autocast(x.device.type, enabled=False):     # statistics and scores in the weights' precision
+            x, features = self.b4(x.to(code.dtype))
+            m = self.head_mapping(None, code)
+            return (x * m).sum(1) / math.sqrt(m.shape[1]), features
 
 
 class Teacher(nn.Module):
@@ -1143,13 +1146,14 @@ class Teacher(nn.Module):
     def __init__(self, name, weights=""):
         super().__init__()
         import timm  # only who distils needs it; its import takes seconds
-        if name not in timm.list_models():
+        if not timm.is_model(name):
             raise UserError(f"--teacher {name}: timm has no model of that name; see timm.list_models()")
         if weights:
             self.model = timm.create_model(name, pretrained=False, num_classes=0)
             state = load_tensors(weights, "--teacher-weights")
             own = self.model.state_dict()
-            wrong = [k for k in own if k not in state or state[k].shape != own[k].shape]
+            state = state if isinstance(state, dict) else {}
+            wrong = [k for k in own if getattr(state.get(k), "shape", None) != own[k].shape]
             if wrong:
                 raise UserError(f"--teacher-weights {weights}: not weights of {name}: {len(wrong)} parameters are "
                                 f"missing or of another shape, the first is {wrong[0]}")
@@ -1162,9 +1166,10 @@ class Teacher(nn.Module):
                                 "local file with --teacher-weights, or --teacher none") from None
         self.eval().requires_grad_(False)
         data = timm.data.resolve_model_data_config(self.model)
-        self.size, self.dim = data["input_size"][-1], self.model.num_features
+        self.size = data["input_size"][-1]
         self.register_buffer("mean", torch.tensor(data["mean"]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(data["std"]).view(3, 1, 1), persistent=False)
+        self.dim = self(torch.zeros(1, 3, 8, 8)).shape[1]   # not num_features: some models pool to another width
 
     @torch.no_grad()
     def forward(self, image):
@@ -1255,8 +1260,10 @@ class Moments:
 
 
 def frechet_distance(a, b):
-    """Frechet distance of two Gaussians, each a (mean (F,), covariance (F, F)) in float64."""
+    """Frechet distance of two Gaussians, each (mean (F,), covariance (F, F)) in float64; nan if one is not finite."""
     (mean_a, cov_a), (mean_b, cov_b) = a, b
+    if not (cov_a.isfinite().all() and cov_b.isfinite().all()):
+        return math.nan
     values, vectors = torch.linalg.eigh(cov_a)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.t()
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()    # trace of the root of cov_a cov_b
@@ -1275,7 +1282,7 @@ def wasserstein_1d(a, b):
     return (a.sort(0).values - b.sort(0).values).abs().mean(0)
 
 
-def features(image, teacher):
+def distance_features(image, teacher):
     """What distances are measured on: 8x8 area averages of all channels (where things are, their colour and depth) and
     of depth alone, and the teacher's features. image (B, 3 or 4, H, W) -> {name: (B, F)}"""
     out = dict(rgbd8=F.adaptive_avg_pool2d(image, 8).flatten(1))
@@ -1290,7 +1297,8 @@ def load_items(data, indices, device):
     """Items of the data as one batch on the device, with `real` (B, 3 or 4, R, R) in [-1, 1]."""
     batch = collate([data[i] for i in indices])
     if "image" not in batch:
-        raise UserError(f"no readable image among {len(batch['bad'])} in a row; the first is {batch['bad'][0]}")
+        raise UserError(f"--data: {len(set(batch['bad']))} images in a row are unreadable, the first is "
+                        f"{batch['bad'][0]}")
     return {**batch, "real": real_images(batch, device)}
 
 
@@ -1302,13 +1310,13 @@ def evaluate(G, data, teacher, labels, rank, world, cache):
     """
     cfg, device = G.cfg, labels.device
     n = min(cfg.eval_images, len(data))
-    size = min(16, max(1, n // world))
+    size = max(1, min(16, n // world, 2 ** 18 // cfg.resolution ** 2))    # the last keeps 512² within memory
     chunks = [range(first, min(first + size, n)) for first in range(rank * size, n, world * size)]
     bar = dict(unit="batch", disable=rank > 0, leave=False)
     if not cache:
         order, moments = np.random.default_rng(0).permutation(len(data)), Moments()
         for chunk in tqdm(chunks, desc="measuring the data", **bar):
-            moments.add(**features(load_items(data, order[chunk].tolist(), device)["real"], teacher))
+            moments.add(**distance_features(load_items(data, order[chunk].tolist(), device)["real"], teacher))
         cache.update(moments.result())
     moments = Moments()
     for chunk in tqdm(chunks, desc="measuring samples", **bar):
@@ -1316,15 +1324,15 @@ def evaluate(G, data, teacher, labels, rank, world, cache):
         z, c, prior = draw_latents(cfg, len(chunk), labels)
         image, depth = G.render(G.backbone(G.mapping(z, c)), G.pose(prior, z, c), cfg.resolution)
         if G.depth_adaptor is not None:
-            adapted = G.depth_adaptor(depth, torch.full((len(chunk),), 3, device=device))
+            adapted = G.depth_adaptor.candidates(depth)[evaluation_level(cfg)]
             moments.add(raw8=F.adaptive_avg_pool2d(G.depth_adaptor.normalize(depth), 8).flatten(1))
             image = torch.cat([image, adapted], 1)
-        moments.add(**features(image, teacher), nfs=non_flatness_score(depth, cfg.near, cfg.far)[:, None])
+        moments.add(**distance_features(image, teacher), entropy=non_flatness_score(depth, cfg.near, cfg.far)[:, None])
     fake = moments.result()
     out = {f"fd_{name}": frechet_distance(cache[name], fake[name]) for name in cache}
     if G.depth_adaptor is not None:  # is adapted depth closer to estimated depth than raw depth is?
         out["fd_raw_depth8"] = frechet_distance(cache["depth8"], fake["raw8"])
-    out["nfs"] = float(fake["nfs"][0])
+    out["depth_entropy"] = float(fake["entropy"][0])   # the non-flatness score, but from cameras of the posterior
     return {**out, **evaluate_truth(G, data, labels)} if isinstance(data, ShapesData) else out
 
 
@@ -1345,7 +1353,7 @@ def evaluate_truth(G, data, labels, n=1024):
         batch = load_items(data, range(64), z.device)
         candidates = G.depth_adaptor.candidates(batch["true_depth"].to(z.device))
         error = (candidates - batch["real"][:, 3:]).abs().flatten(1).mean(1)
-        out.update(depth_error_raw=float(error[0]), depth_error_adapted=float(error[3]))
+        out.update(depth_error_raw=float(error[0]), depth_error_adapted=float(error[evaluation_level(G.cfg)]))
     return out
 
 
@@ -1383,16 +1391,22 @@ def seed_draws(seed, step, phase, micro):
     torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1))
 
 
-def average_gradients(module, world):
+def mean_over_processes(t):
+    """The mean of a tensor over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(t)
+        t /= dist.get_world_size()
+    return t
+
+
+def average_gradients(module):
     """Mean of the gradients over processes (data parallel), then non-finite ones replaced. -> how many were not finite
 
     Everything goes through one flat tensor; parameters that took no part count as zero.
     """
     params = [p for p in module.parameters() if p.requires_grad]
     flat = torch.cat([p.grad.flatten() if p.grad is not None else torch.zeros_like(p).flatten() for p in params])
-    if world > 1:
-        dist.all_reduce(flat)
-        flat /= world
+    flat = mean_over_processes(flat)
     bad = (~flat.isfinite()).sum()
     torch.nan_to_num(flat, nan=0.0, posinf=1e5, neginf=-1e5, out=flat)
     for p, g in zip(params, flat.split([p.numel() for p in params])):
@@ -1410,25 +1424,24 @@ class Averages:
         for name, v in values.items():
             self.values.setdefault(name, []).append(torch.as_tensor(v, dtype=torch.float32).detach())
 
-    def result(self, device, world):
+    def result(self, device):
         names = sorted(self.values)
         means = [torch.stack([v.to(device) for v in self.values[name]]).mean(0) for name in names]
-        flat = torch.cat([m.flatten() for m in means])
-        if world > 1:
-            dist.all_reduce(flat)
-            flat /= world
-        parts = flat.split([m.numel() for m in means])
-        self.values = {}
-        return {n: float(p) if m.ndim == 0 else [float(x) for x in p] for n, m, p in zip(names, means, parts)}
+        flat = mean_over_processes(torch.cat([m.flatten() for m in means])).tolist()
+        self.values, out = {}, {}
+        for name, mean in zip(names, means):
+            n = mean.numel()
+            out[name], flat = (flat[0] if mean.ndim == 0 else flat[:n]), flat[n:]
+        return out
 
 
-def generator_step(G, D, opt_g, labels, patches, step, kimg, first_micro, share, micro, world, stats):
+def generator_step(G, D, opt_g, labels, patches, first_micro, micro, step, kimg, stats):
     """One update of G. -> the fakes it made, for the discriminator's step: one pass of the generator serves both."""
-    cfg, device = G.cfg, labels.device
+    cfg, device, share = G.cfg, labels.device, len(patches.scale)
     sigma = schedules(cfg, kimg)["blur_sigma"]
     G.density_noise = schedules(cfg, kimg)["density_noise"]
     D.requires_grad_(False)
-    opt_g.zero_grad(set_to_none=True)
+    opt_g.zero_grad()
     fakes, w_sum = [], 0
     for m in range(share // micro):
         seed_draws(cfg.seed, step, "generator", first_micro + m)
@@ -1436,8 +1449,9 @@ def generator_step(G, D, opt_g, labels, patches, step, kimg, first_micro, share,
         choice = sample_adaptor_choice(cfg, micro, kimg, device)
         patch = rows(patches, m * micro, (m + 1) * micro)
         image, w = synthesize(G, z, c, prior, choice, patch)
+        image = blur(image, sigma)
         with autocast(cfg, device):
-            score = D(blur(image, sigma), c, patch)[0].float()
+            score = D(image, c, patch)[0]
         loss = F.softplus(-score).mean()                    # non-saturating: -log(sigmoid(score))
         (loss * (micro / share)).backward()
         fakes.append((image.detach(), c))
@@ -1451,38 +1465,34 @@ def generator_step(G, D, opt_g, labels, patches, step, kimg, first_micro, share,
         stats.add(**log)
     if G.depth_adaptor is not None:
         stats.add(near_offset=G.depth_adaptor.near_offset().mean())
-    bad = average_gradients(G, world)
+    bad = average_gradients(G)
     opt_g.step()
-    w_mean = w_sum / share
-    if world > 1:
-        dist.all_reduce(w_mean)
-        w_mean /= world
-    G.mapping_network.w_avg.lerp_(w_mean, 1 - 0.998)
+    G.mapping_network.w_avg.lerp_(mean_over_processes(w_sum / share), 1 - 0.998)
     stats.add(nonfinite_g=bad)
     return fakes
 
 
-def discriminator_step(D, cfg, opt_d, teacher, real, labels, fakes, patches, scale_mean, step, kimg, world, stats):
+def discriminator_step(D, cfg, opt_d, teacher, real, labels, fakes, patches, scale_mean, step, kimg, stats):
     """One update of D: real and fake scores, distillation on the whole real image, R1 every r1_interval steps."""
     now = schedules(cfg, kimg)
     lazy_r1 = step % cfg.r1_interval == 0
     D.requires_grad_(True)
-    opt_d.zero_grad(set_to_none=True)
+    opt_d.zero_grad()
     for m, (fake, fake_c) in enumerate(fakes):
         n = len(fake)
         patch, whole, c = rows(patches, m * n, (m + 1) * n), real[m * n:(m + 1) * n], labels[m * n:(m + 1) * n]
         with autocast(cfg, fake.device):
-            score = D(blur(fake, now["blur_sigma"]), fake_c, patch)[0].float()
+            score = D(fake, fake_c, patch)[0]
         loss = F.softplus(score).mean()                     # -log(1 - sigmoid(score))
         (loss / len(fakes)).backward()
         stats.add(loss_d_fake=loss)
         image = blur(extract_patch(whole, patch, cfg.patch_resolution), now["blur_sigma"]).requires_grad_(lazy_r1)
         with contextlib.nullcontext() if lazy_r1 else autocast(cfg, fake.device):
-            score, predicted = D(image, c, patch)           # R1's double backward runs in full precision
-        real_loss = F.softplus(-score.float()).mean()
+            score, predicted = D(image, c, patch)           # R1's double backward runs without autocast
+        real_loss = F.softplus(-score).mean()
         loss = real_loss
         if teacher is not None and cfg.kd_weight > 0:
-            distance = distillation_distance(predicted.float(), teacher(whole[:, :3]))
+            distance = distillation_distance(predicted, teacher(whole[:, :3]))
             loss = loss + now["kd_weight"] * (distance * patch.scale / scale_mean).mean()
             stats.add(kd_distance=distance.mean())
         if lazy_r1:
@@ -1491,7 +1501,7 @@ def discriminator_step(D, cfg, opt_d, teacher, real, labels, fakes, patches, sca
             stats.add(r1=penalty)
         (loss / len(fakes)).backward()
         stats.add(loss_d_real=real_loss, score_real=score.mean())
-    bad = average_gradients(D, world)
+    bad = average_gradients(D)
     opt_d.step()
     stats.add(nonfinite_d=bad)
 
@@ -1516,25 +1526,26 @@ FREE_ON_RESUME = {"out", "resume", "device", "workers", "kimg", "snapshot_kimg",
                   "teacher_weights", "batch_gpu", "data"}
 
 
-def checkpoint_path(out, images):
-    return Path(out) / f"checkpoint-{images / 1000:010.3f}.pt"
+def run_file(out, kind, images, suffix):
+    return Path(out) / f"{kind}-{images / 1000:010.3f}.{suffix}"
 
 
 def save_checkpoint(out, cfg, state, modules):
     """A dict of plain tensors and numbers. Random states need no place in it: see seed_draws."""
-    path = checkpoint_path(out, state["images"])
-    with atomic(path) as tmp:
+    with atomic(run_file(out, "checkpoint", state["images"], "pt")) as tmp:
         try:
             torch.save({"config": dataclasses.asdict(cfg), **state, **{k: m.state_dict() for k, m in modules.items()}},
                        tmp)
         except RuntimeError as e:  # how torch reports a full disk
             raise OSError(str(e).splitlines()[0]) from None
-    return path
+
+
+STATE = {"config", "step", "images", "seconds", "G", "D", "G_ema", "opt_g", "opt_d"}
 
 
 def load_checkpoint(path):
     state = load_tensors(path, "--resume")
-    if not isinstance(state, dict) or not {"config", "step", "images", "G", "D", "G_ema", "opt_g", "opt_d"} <= {*state}:
+    if not isinstance(state, dict) or not STATE <= {*state}:
         raise UserError(f"--resume {path}: not a checkpoint of this program")
     return state
 
@@ -1550,18 +1561,27 @@ def validate(cfg, world):
     def check(ok, message):
         if not ok:
             raise UserError(message)
+    check(cfg.data, "--data is empty: name a data set, or a folder or zip of images")
     for name in ("resolution", "patch_resolution", "triplane_resolution"):
         v = getattr(cfg, name)
         check(v >= 8 and v & (v - 1) == 0, f"--{name.replace('_', '-')} {v}: must be a power of two, 8 or more")
     check(cfg.patch_resolution <= cfg.resolution,
           f"--patch-resolution {cfg.patch_resolution}: larger than --resolution {cfg.resolution}")
+    for f in dataclasses.fields(cfg):      # numbers: finite, and none below zero but angles
+        flag, v = "--" + f.name.replace("_", "-"), getattr(cfg, f.name)
+        values = [x for x in (v if isinstance(v, tuple) else [v]) if isinstance(x, (int, float))]
+        check(all(math.isfinite(x) for x in values), f"{flag}: not a finite number")
+        check(min(values, default=0) >= 0 or f.name in ("prior_yaw", "prior_pitch"), f"{flag}: must not be negative")
+        check(not f.name.startswith("prior_") or v[0] < v[1], f"{flag}: the first number must be less than the second")
+    check(0 <= cfg.prior_pitch[0] and cfg.prior_pitch[1] <= math.pi, "--prior-pitch: must lie between 0 and pi")
     for name in ("batch_size", "batch_gpu", "triplane_features", "channel_base", "channel_max", "adaptor_channels",
-                 "z_dim", "w_dim", "r1_interval", "kimg", "snapshot_kimg", "log_kimg"):
+                 "z_dim", "w_dim", "r1_interval", "kimg", "snapshot_kimg", "log_kimg", "box", "fine_samples"):
         check(getattr(cfg, name) > 0, f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be positive")
+    check(min(cfg.patch_beta) > 0, "--patch-beta: must be positive")
+    check(cfg.prior_fov[1] < 180, "--prior-fov: must stay below 180 degrees")
     check(cfg.channel_base >= max(cfg.resolution, cfg.triplane_resolution),
           f"--channel-base {cfg.channel_base}: leaves no channel at the highest resolution")
     check(cfg.coarse_samples >= 3, f"--coarse-samples {cfg.coarse_samples}: must be 3 or more")
-    check(cfg.fine_samples >= 1, f"--fine-samples {cfg.fine_samples}: must be 1 or more")
     check(cfg.near < cfg.far, f"--near {cfg.near}: must be less than --far {cfg.far}")
     check(cfg.batch_size % world == 0, f"--batch-size {cfg.batch_size}: not divisible by {world} processes")
     share = cfg.batch_size // world
@@ -1576,28 +1596,32 @@ def choose_device(cfg, local_rank):
         raise UserError("--device cuda: no GPU that this PyTorch can use; install a CUDA build or leave --device out")
     if cfg.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(f"{local_rank + 1} processes on a machine with {torch.cuda.device_count()} GPUs; start fewer")
     torch.cuda.set_device(local_rank)
     torch.set_float32_matmul_precision("highest" if cfg.precision == "fp32" else "high")
     torch.backends.cudnn.allow_tf32 = cfg.precision != "fp32"
     return torch.device("cuda", local_rank)
 
 
-def any_process(flag, device, world):
-    if world == 1:
-        return flag
-    t = torch.tensor(float(flag), device=device)
-    dist.all_reduce(t, op=dist.ReduceOp.MAX)
-    return bool(t)
+def any_process(flag, device):
+    """Whether the flag is set in any process."""
+    return bool(mean_over_processes(torch.tensor(float(flag), device=device)))
 
 
 def train(cfg, resumed=None):
     """The whole run. `resumed`: the state of a checkpoint to go on from."""
     rank, world, local_rank = distributed()
+    validate(cfg, world)
     device = choose_device(cfg, local_rank)
     data = open_data(cfg)
     teacher = Teacher(cfg.teacher, cfg.teacher_weights).to(device) if cfg.teacher != "none" else None
-    cfg = dataclasses.replace(cfg, num_classes=data.num_classes, teacher_dim=teacher.dim if teacher else 0)
-    validate(cfg, world)
+    for name, found in (("num_classes", data.num_classes), ("teacher_dim", teacher.dim if teacher else 0)):
+        wanted = getattr(cfg, name)
+        if wanted != found and (wanted or resumed):
+            raise UserError(f"--{name.replace('_', '-')} {wanted}: given or in the checkpoint, but data and teacher say "
+                            f"{found}")
+        cfg = dataclasses.replace(cfg, **{name: found})
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     share = cfg.batch_size // world
@@ -1613,11 +1637,16 @@ def train(cfg, resumed=None):
     modules = dict(G=G, D=D, G_ema=ema, opt_g=opt_g, opt_d=opt_d)
     step, images, seconds_before = 0, 0, 0.0
     if resumed:
-        for name, module in modules.items():
-            module.load_state_dict(resumed[name])
+        try:
+            for name, module in modules.items():
+                module.load_state_dict(resumed[name])
+        except Exception as e:  # whatever a foreign or damaged state leads to
+            raise UserError(f"--resume {cfg.resume}: does not fit its own configuration ({type(e).__name__})") from None
         step, images, seconds_before = resumed["step"], resumed["images"], resumed["seconds"]
     labels = torch.from_numpy(data.labels).to(device)
     total_steps = math.ceil(cfg.kimg * 1000 / cfg.batch_size)
+    if resumed and step >= total_steps:
+        raise UserError(f"--kimg {cfg.kimg:g}: the checkpoint has seen {images / 1000:g} already; ask for more")
 
     # the run folder
     out = Path(cfg.out)
@@ -1626,13 +1655,13 @@ def train(cfg, resumed=None):
             out.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise UserError(f"--out {out}: {e.strerror}") from None
+        write_reals(data, out / "reals.png")
         with atomic(out / "config.json") as tmp:
             tmp.write_text(json.dumps(dataclasses.asdict(cfg), indent=2))
         if resumed and (out / "log.jsonl").exists():  # forget what was logged after the checkpoint
-            lines = (out / "log.jsonl").read_text().splitlines()
+            lines = [x for x in (out / "log.jsonl").read_text().splitlines() if logged_kimg(x) <= images / 1000]
             with atomic(out / "log.jsonl") as tmp:
-                tmp.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["kimg"] <= images / 1000))
-        write_reals(data, out / "reals.png")
+                tmp.write_text("".join(f"{x}\n" for x in lines))
     count = sum(p.numel() for p in G.parameters()) / 1e6, sum(p.numel() for p in D.parameters()) / 1e6
     say(f"{cfg.data}: {len(data):,} images, {cfg.num_classes or 'no'} classes; {cfg.resolution}², patches "
         f"{cfg.patch_resolution}², {'RGB and depth' if cfg.depth != 'none' else 'RGB alone'}; teacher {cfg.teacher}\n"
@@ -1641,7 +1670,7 @@ def train(cfg, resumed=None):
 
     loader = torch.utils.data.DataLoader(
         MirroredData(data), batch_sampler=Batches(cfg, len(data), step, rank, world), num_workers=cfg.workers,
-        collate_fn=collate, pin_memory=device.type == "cuda", persistent_workers=cfg.workers > 0)
+        collate_fn=collate, pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
     stats, bad_names, cache, start = Averages(), {}, {}, time.time()   # bad_names: name -> already said
     stop = []
     handlers = {s: signal.signal(s, lambda *_: stop.append(1)) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -1651,23 +1680,24 @@ def train(cfg, resumed=None):
             with open(out / "log.jsonl", "a") as f:
                 f.write(json.dumps({"kimg": round(images / 1000, 3), **entry}) + "\n")
 
-    def snapshot(checkpoint=True):
+    def snapshot(measure=True):
         if rank == 0:
-            if checkpoint:
+            if step:
                 save_checkpoint(out, cfg, dict(step=step, images=images,
                                                seconds=seconds_before + time.time() - start), modules)
-            write_samples(ema, labels, out / f"samples-{images / 1000:010.3f}.png")
-        if cfg.eval_images:
+            write_samples(ema, labels, run_file(out, "samples", images, "png"))
+        if measure and min(cfg.eval_images, len(data)) >= max(2, world):
             result = evaluate(ema, data, teacher, labels, rank, world, cache)
             log(dict(metrics=result))
             say(f"{images / 1000:g} kimg: " + ", ".join(f"{k} {v:.4g}" for k, v in result.items()
                                                           if isinstance(v, float)), flush=True)
 
     def crossed(every):
-        return images // round(every * 1000) > (images - cfg.batch_size) // round(every * 1000)
+        every = max(1, round(every * 1000))
+        return images // every > (images - cfg.batch_size) // every
 
     if not resumed:
-        snapshot(checkpoint=False)
+        snapshot()
     bar = tqdm(total=total_steps * cfg.batch_size, initial=images, unit="img", disable=rank > 0,
                mininterval=0.5 if sys.stderr.isatty() else 30)
     tick_time, tick_images, first = time.time(), images, rank * share
@@ -1678,7 +1708,7 @@ def train(cfg, resumed=None):
             for name in batch["bad"]:
                 bad_names.setdefault(name, False)
             if "image" not in batch:
-                raise UserError(f"--data {cfg.data}: {len(batch['bad'])} images in a row are unreadable, the first is "
+                raise UserError(f"--data: {len(set(batch['bad']))} images in a row are unreadable, the first is "
                                 f"{batch['bad'][0]}")
             kimg = images / 1000
             real = real_images(batch, device)                                          # (B, 3 or 4, R, R)
@@ -1688,18 +1718,20 @@ def train(cfg, resumed=None):
             patches = sample_patch(cfg, cfg.batch_size, kimg)
             scale_mean = float(patches.scale.mean())
             patches = Patch(*(t.to(device) for t in rows(patches, first, first + share)))
-            fakes = generator_step(G, D, opt_g, labels, patches, step, kimg, first // micro, share, micro, world, stats)
+            fakes = generator_step(G, D, opt_g, labels, patches, first // micro, micro, step, kimg, stats)
             discriminator_step(D, cfg, opt_d, teacher, real, batch["label"].to(device), fakes, patches, scale_mean,
-                               step, kimg, world, stats)
+                               step, kimg, stats)
             step, images = step + 1, images + cfg.batch_size
             update_ema(ema, G, cfg.batch_size, images / 1000, cfg)
             bar.update(cfg.batch_size)
             # log, snapshot, stop: all processes decide alike
-            done = any_process(bool(stop), device, world) or step == total_steps
+            stopped = any_process(bool(stop), device)
+            done = stopped or step == total_steps
+            if done or crossed(cfg.log_kimg) or crossed(1):
+                check_readable(bad_names, images, cfg)
             if done or crossed(cfg.log_kimg):
-                check_readable(bad_names, images, cfg, rank, world)
                 now = time.time()
-                entry = dict(stats.result(device, world), seconds=round(seconds_before + now - start, 1),
+                entry = dict(stats.result(device), seconds=round(seconds_before + now - start, 1),
                              images_per_second=round((images - tick_images) / (now - tick_time), 2),
                              memory_mb=peak_memory(device), unreadable=len(bad_names),
                              schedules=schedules(cfg, images / 1000))
@@ -1708,18 +1740,31 @@ def train(cfg, resumed=None):
                 shown = ("loss_g", "score_real", "score_fake", "kd_distance")
                 bar.set_postfix({k: f"{entry[k]:.3g}" for k in shown if k in entry})
             if done or crossed(cfg.snapshot_kimg):
-                snapshot()
+                snapshot(measure=not stopped)
                 tick_time, tick_images = time.time(), images
             if done:
                 break
     for s, handler in handlers.items():
         signal.signal(s, handler)
-    picture = f"samples-{images / 1000:010.3f}.png"
     say(f"{'finished' if step >= total_steps else 'stopped'} at {images / 1000:g} kimg after "
-        f"{(seconds_before + time.time() - start) / 60:.1f} minutes; see {out / picture}"
+        f"{(seconds_before + time.time() - start) / 60:.1f} minutes; see {run_file(out, 'samples', images, 'png')}"
         + ("" if step >= total_steps else f"; go on with --resume latest --out {out}"))
     if world > 1:
         dist.destroy_process_group()
+
+
+def logged_kimg(line):
+    """Of a line of log.jsonl; infinite for one that a crash cut short."""
+    try:
+        return json.loads(line)["kimg"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def ignore_signals(_):
+    """In data workers: the training process decides when to stop."""
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, signal.SIG_IGN)
 
 
 def peak_memory(device):
@@ -1730,20 +1775,20 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 
 
-def check_readable(bad_names, images, cfg, rank, world):
+def check_readable(bad_names, images, cfg):
     """Share the names of unreadable images and name each once; stop if more than 1% of the first 1000 are bad."""
     known = {name for name, said in bad_names.items() if said}
-    if world > 1:
-        parts = [None] * world
+    if dist.is_initialized():
+        parts = [None] * dist.get_world_size()
         dist.all_gather_object(parts, list(bad_names))
         bad_names.update({name: bad_names.get(name, False) for part in parts for name in part})
-    for name in sorted(set(bad_names) - known):
-        bad_names[name] = True
-        if rank == 0:
-            tqdm.write(f"skipped, unreadable: {name}", file=sys.stderr)
-    if len(bad_names) > 10 and images <= 1000:
+    if len(bad_names) > 10 and images < 1000 + cfg.batch_size:
         raise UserError(f"--data {cfg.data}: {len(bad_names)} of the first {images} images are unreadable; mend the "
                         "data")
+    for name in sorted(set(bad_names) - known):
+        bad_names[name] = True
+        if distributed()[0] == 0:
+            tqdm.write(f"skipped, unreadable: {name}", file=sys.stderr)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1803,9 +1848,14 @@ def write_samples(G, labels, path, scenes=16, views=4):
 # ----------------------------------------------------------------------------------------------------------------------
 # Main: the command line
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}; --help shows all options")
+
+
 def parse_arguments(argv):
     """-> mode, {field: value} of the options given"""
-    parser = argparse.ArgumentParser(
+    parser = Parser(allow_abbrev=False,
         prog="3dgp.py", description="3DGP: a 3D GAN for any category, from unposed photographs. Modes: train "
         "(default); sample, eval and bench are not there yet.", argument_default=argparse.SUPPRESS,
         epilog="Defaults are the published ones at 256²; --preset and --data change them: " + "; ".join(
@@ -1830,7 +1880,7 @@ def parse_arguments(argv):
 
 
 def make_config(given):
-    """Defaults, then the data's preset, then the size's preset, then what was given."""
+    """Defaults, then the size's preset, then the data's, then what was given."""
     data = DATA_PRESETS.get(given.get("data", "shapes"), {})
     preset = given.get("preset") or data.get("preset", "base")
     values = {**PRESETS[preset], **{k: v for k, v in data.items() if k != "preset"}, **given, "preset": preset}
@@ -1839,14 +1889,18 @@ def make_config(given):
     return Config(**values)
 
 
+def holds_run(folder):
+    return any((Path(folder) / name).exists() for name in ("config.json", "log.jsonl"))
+
+
 def run_folders(data):
-    """runs/<data>, runs/<data>-2, ... that hold a run, oldest first."""
-    name = Path(data).stem or "data"
-    found, k = [], 1
-    while (path := Path("runs") / (name if k == 1 else f"{name}-{k}")) and (path / "config.json").exists():
+    """-> the folders runs/<data>, runs/<data>-2, ... that hold a run, oldest first; and the next free one"""
+    name, found = Path(data).resolve().stem or "data", []
+    while True:
+        path = Path("runs") / (f"{name}-{len(found) + 1}" if found else name)
+        if not holds_run(path):
+            return found, path
         found.append(path)
-        k += 1
-    return found, path
 
 
 def resolve(given):
@@ -1854,7 +1908,7 @@ def resolve(given):
     found, free = run_folders(given.get("data", "shapes"))
     if not given.get("resume"):
         cfg = make_config(given)
-        if cfg.out and (Path(cfg.out) / "log.jsonl").exists():
+        if cfg.out and holds_run(cfg.out):
             raise UserError(f"--out {cfg.out}: holds a run already; go on with it by --resume latest, or name another "
                             "folder")
         return dataclasses.replace(cfg, out=cfg.out or str(free)), None
@@ -1876,8 +1930,11 @@ def resolve(given):
         differing.append(f"preset (there {saved.preset!r}, here {given['preset']!r})")
     if differing:
         raise UserError(f"--resume {path}: a checkpoint of another configuration: {', '.join(differing)}")
+    out = Path(given.get("out") or Path(path).parent)
+    if out.resolve() != Path(path).resolve().parent and holds_run(out):
+        raise UserError(f"--out {out}: holds another run than {path}; name another folder")
     free_fields = {k: v for k, v in given.items() if k in FREE_ON_RESUME}
-    return dataclasses.replace(saved, **{"out": str(Path(path).parent), **free_fields, "resume": str(path)}), state
+    return dataclasses.replace(saved, **{**free_fields, "out": str(out), "resume": str(path)}), state
 
 
 def main(argv=None):
@@ -1886,10 +1943,12 @@ def main(argv=None):
         if mode != "train":
             raise UserError(f"{mode}: not there yet; train writes sample grids and measures as it goes")
         train(*resolve(given))
-    except UserError as e:
-        if distributed()[0] == 0:
+    except (UserError, OSError) as e:
+        if distributed()[2] == 0 or dist.is_initialized():     # once per machine, or where it happened
             print(f"3dgp.py: error: {e}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:   # before there was anything to save
+        return 130
     return 0
 
 

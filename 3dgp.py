@@ -452,6 +452,9 @@ def collate(items):
 
 def real_images(batch, device):
     """A batch as the discriminator sees it: RGB and, if there is any, depth. -> (B, 3 or 4, R, R) in [-1, 1]"""
+    if "image" not in batch:
+        raise UserError(f"--data: {len(set(batch['bad']))} images in a row are unreadable, the first is "
+                        f"{batch['bad'][0]}")
     rgb = batch["image"].to(device, non_blocking=True).float() / 127.5 - 1
     return torch.cat([rgb, batch["depth"].to(device, non_blocking=True)], 1) if "depth" in batch else rgb
 
@@ -1296,9 +1299,6 @@ def distance_features(image, teacher):
 def load_items(data, indices, device):
     """Items of the data as one batch on the device, with `real` (B, 3 or 4, R, R) in [-1, 1]."""
     batch = collate([data[i] for i in indices])
-    if "image" not in batch:
-        raise UserError(f"--data: {len(set(batch['bad']))} images in a row are unreadable, the first is "
-                        f"{batch['bad'][0]}")
     return {**batch, "real": real_images(batch, device)}
 
 
@@ -1619,8 +1619,8 @@ def train(cfg, resumed=None):
     for name, found in (("num_classes", data.num_classes), ("teacher_dim", teacher.dim if teacher else 0)):
         wanted = getattr(cfg, name)
         if wanted != found and (wanted or resumed):
-            raise UserError(f"--{name.replace('_', '-')} {wanted}: given or in the checkpoint, but data and teacher say "
-                            f"{found}")
+            raise UserError(f"--{name.replace('_', '-')} {wanted}: so given or in the checkpoint, but the data and the "
+                            f"teacher make it {found}")
         cfg = dataclasses.replace(cfg, **{name: found})
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -1707,9 +1707,6 @@ def train(cfg, resumed=None):
                 break
             for name in batch["bad"]:
                 bad_names.setdefault(name, False)
-            if "image" not in batch:
-                raise UserError(f"--data: {len(set(batch['bad']))} images in a row are unreadable, the first is "
-                                f"{batch['bad'][0]}")
             kimg = images / 1000
             real = real_images(batch, device)                                          # (B, 3 or 4, R, R)
             # reals and fakes have the same patches; those of the whole batch are drawn in every process, since the
@@ -1855,9 +1852,10 @@ class Parser(argparse.ArgumentParser):
 
 def parse_arguments(argv):
     """-> mode, {field: value} of the options given"""
-    parser = Parser(allow_abbrev=False,
-        prog="3dgp.py", description="3DGP: a 3D GAN for any category, from unposed photographs. Modes: train "
-        "(default); sample, eval and bench are not there yet.", argument_default=argparse.SUPPRESS,
+    parser = Parser(
+        prog="3dgp.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
+        description="3DGP: a 3D GAN for any category, from unposed photographs. Modes: train (default); sample, eval "
+        "and bench are not there yet.",
         epilog="Defaults are the published ones at 256²; --preset and --data change them: " + "; ".join(
             f"{name}: " + ", ".join(f"{k} {v}" for k, v in {**PRESETS, **DATA_PRESETS}[name].items())
             for name in ("tiny", "small", "imagenet", "dogs")))
@@ -1925,9 +1923,7 @@ def resolve(given):
     except TypeError as e:
         raise UserError(f"--resume {path}: of another version of this program ({e})") from None
     differing = [f"{k} (there {getattr(saved, k)!r}, here {v!r})" for k, v in given.items()
-                 if k not in FREE_ON_RESUME | {"preset"} and v != getattr(saved, k)]
-    if given.get("preset", saved.preset) != saved.preset:
-        differing.append(f"preset (there {saved.preset!r}, here {given['preset']!r})")
+                 if k not in FREE_ON_RESUME and v != getattr(saved, k)]
     if differing:
         raise UserError(f"--resume {path}: a checkpoint of another configuration: {', '.join(differing)}")
     out = Path(given.get("out") or Path(path).parent)

@@ -681,8 +681,8 @@ class CameraAdaptor(nn.Module):
         self.project_c = layer(num_classes, 16) if num_classes else None
         width = 256 + 16 * bool(z_dim) + 16 * bool(num_classes)
         self.main = nn.Sequential(layer(width, 256), layer(256, out_features, None))
-        with torch.no_grad():  # softplus features are positive: without this the posterior starts at a random corner
-            self.main[1].weight -= self.main[1].weight.mean(1, keepdim=True)
+        with torch.no_grad():  # ours: the posterior starts in the middle of the prior, not at a random point of it
+            self.main[1].weight *= 0.1
 
     def forward(self, params, z, c):  # (B, in), (B, z_dim), (B, num_classes) -> (B, out)
         x = [self.project_params(params)]

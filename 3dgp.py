@@ -134,7 +134,7 @@ class Config:
 
 # Model sizes. tiny and small are short runs, so their schedules are short, and their camera regulariser counts in
 # shares of the prior's ranges: with the published units a short run leaves the field of view stuck at its upper end.
-SHORT = dict(camera_reg_units="range", camera_reg_weights=(10.0, 5.0, 10.0, 2.0), camera_lr_mult=1.0)
+SHORT = dict(camera_reg_units="range", camera_reg_weights=(20.0, 10.0, 20.0, 2.0), camera_lr_mult=1.0)
 PRESETS = {
     "tiny": dict(resolution=32, patch_resolution=32, triplane_resolution=32, triplane_features=16, channel_base=2048,
                  channel_max=64, adaptor_channels=16, z_dim=64, w_dim=64, coarse_samples=8, fine_samples=8,
@@ -681,8 +681,6 @@ class CameraAdaptor(nn.Module):
         self.project_c = layer(num_classes, 16) if num_classes else None
         width = 256 + 16 * bool(z_dim) + 16 * bool(num_classes)
         self.main = nn.Sequential(layer(width, 256), layer(256, out_features, None))
-        with torch.no_grad():  # ours: the posterior starts in the middle of the prior, not at a random point of it
-            self.main[1].weight *= 0.1
 
     def forward(self, params, z, c):  # (B, in), (B, z_dim), (B, num_classes) -> (B, out)
         x = [self.project_params(params)]

@@ -1839,7 +1839,8 @@ def write_samples(G, labels, path, scenes=16, views=4):
         planes = G.backbone(G.mapping(z[i:i + 1], c[i:i + 1])).expand(views, -1, -1, -1, -1)
         pose = Camera(*(x[i:i + 1].expand(views, *x.shape[1:]) for x in camera))._replace(yaw=yaws)
         rgb, depth = G.render(planes, pose, cfg.resolution)
-        cells += [to_picture(x, d, float(depth.min()), float(depth.max())) for x, d in zip(rgb, depth)]
+        near, far = depth.flatten().quantile(depth.new_tensor([0.02, 0.98])).tolist()  # but for strays
+        cells += [to_picture(x, d, near, far) for x, d in zip(rgb, depth)]
     write_grid(cells, 4 * views, path)
 
 # ----------------------------------------------------------------------------------------------------------------------

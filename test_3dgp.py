@@ -560,10 +560,10 @@ def test_every_mechanism_can_be_switched(tmp_path, options):
 
 
 def test_the_tiny_preset_learns(tmp_path):
-    """Twenty steps of the default job: the distance to the data falls by a factor of four at least (measured: nine)."""
+    """Forty steps of the default job: the distance to the data falls by a factor of 2.5 at least (measured: 3.8)."""
     assert m.main(["--out", str(tmp_path / "run"), *flags(kimg=0.32, eval_images=128, workers=1)]) == 0
     first, last = [line["metrics"]["fd_rgbd8"] for line in log(tmp_path / "run") if "metrics" in line]
-    assert last < first / 4
+    assert last < first / 2.5
 
 
 def test_ctrl_c_saves_and_the_run_goes_on(tmp_path):
@@ -615,6 +615,8 @@ def test_presets_name_real_options_and_are_valid():
         assert set(preset) <= names
     for data in m.DATA_PRESETS:
         m.validate(m.make_config({"data": data}), 2 if data == "shapes" else 8)
+    for preset in m.PRESETS:
+        m.validate(m.make_config({"preset": preset}), 1)
     assert m.make_config({"data": "imagenet"}).channel_base == 65536
     assert m.make_config({}).preset == "tiny" and m.make_config({"resolution": 64}).resolution == 64
 

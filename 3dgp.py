@@ -15,15 +15,21 @@ S samples on a ray. Images are float in [-1, 1], depth in world units, angles in
 """
 import argparse
 import contextlib
+import ctypes
 import dataclasses
+import functools
+import hashlib
 import io
 import json
+import logging
 import math
 import os
 import signal
 import sys
+import tempfile
 import time
 import typing
+import warnings
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -126,6 +132,7 @@ class Config:
     ema_rampup: float = opt(0.05, "the half life is at most this share of the images seen")
     precision: str = opt("tf32", "arithmetic of convolutions and matrix products; on CPUs tf32 is fp32",
                          "fp32", "tf32", "bf16")
+    fused: bool = opt(True, "look points up with custom_ops.cu where it compiles, not with PyTorch's own operators")
     # output
     snapshot_kimg: float = opt(200, "write checkpoint and samples, and measure, every so many kimg")
     log_kimg: float = opt(4, "write a line of log.jsonl every so many kimg")
@@ -521,8 +528,11 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.full((out_features,), float(bias_init)))
         self.activation, self.scale = activation, lr_mult * GAIN[activation]
 
+    def effective(self):
+        return self.weight * (self.scale / math.sqrt(self.weight.shape[1])), self.bias * self.scale
+
     def forward(self, x):
-        x = F.linear(x, self.weight * (self.scale / math.sqrt(self.weight.shape[1])), self.bias * self.scale)
+        x = F.linear(x, *self.effective())
         return self.activation(x) if self.activation else x
 
 
@@ -578,6 +588,135 @@ def sample_triplane(planes, points, box):
     features = F.grid_sample(planes.reshape(B * 3, C, T, T), uv, mode="bilinear", padding_mode="zeros",
                              align_corners=True)                                     # (3B, C, 1, N)
     return features.reshape(B, 3, C, -1).mean(dim=1).transpose(1, 2)                 # (B, N, C)
+
+
+# The same in one pass, with or without the decoder behind it: custom_ops.cu, compiled when it is first used. A custom
+# operator and no autograd.Function: torch.compile then knows its shapes and leaves it alone.
+
+@functools.cache
+def custom_ops(device_type):
+    """The function `triplane` of custom_ops.cu for "cuda" or "cpu"; None, and one line that says why, without it.
+
+    Compiled once, into TORCH_EXTENSIONS_DIR or PyTorch's own place. A build is renamed when it is complete and its name
+    tells source, target and flags, so any number of processes may start at once.
+    """
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)   # it warns of machines without a GPU
+    from torch.utils import cpp_extension
+    source, cuda, speaks = Path(__file__).with_name("custom_ops.cu"), device_type == "cuda", distributed()[2] == 0
+    try:
+        if cuda:
+            target = "sm_%d%d" % torch.cuda.get_device_capability()
+            flags = ["-O3", f"-gencode=arch={target.replace('sm', 'compute')},code={target}"]
+        else:
+            target = torch.backends.cpu.get_cpu_capability()
+            flags = ["-x", "c++", "-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros",
+                     "-fassociative-math", *dict(AVX2=["-mavx2", "-mfma"], AVX512=["-mavx512f", "-mavx512vl", "-mfma"]
+                                                 ).get(target, [])]
+        key = hashlib.sha256(source.read_bytes() + repr((flags, torch.version.cuda)).encode()).hexdigest()[:16]
+        root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
+        library = root / f"3dgp-triplane-{target}-{key}.so"
+        if not library.exists():
+            if speaks:
+                print(f"compiling custom_ops.cu for {target}, once ...", end=" ", file=sys.stderr, flush=True)
+            start = time.time()
+            root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=root) as build:
+                cpp_extension.load("triplane", [str(source)], build_directory=build, with_cuda=cuda,
+                                   is_python_module=False, extra_cflags=None if cuda else flags,
+                                   extra_cuda_cflags=flags if cuda else None, extra_ldflags=None if cuda else ["-fopenmp"])
+                os.replace(Path(build) / "triplane.so", library)
+            if speaks:
+                print(f"{time.time() - start:.0f} s", file=sys.stderr)
+        function = ctypes.CDLL(str(library)).triplane
+    except Exception as e:  # no compiler, no ninja, nowhere to write, a build that fails: the plain path does as well
+        lines = str(e).splitlines() or [type(e).__name__]
+        reason = next((x for x in lines if "error:" in x), lines[0])
+        if speaks:
+            print(f"custom_ops.cu is not used but PyTorch's own operators, with the same results: {reason}",
+                  file=sys.stderr)
+        return None
+    function.restype = ctypes.c_char_p
+    return function
+
+
+@torch.compiler.assume_constant_result
+def has_custom_ops(device_type):
+    return custom_ops(device_type) is not None
+
+
+def call_custom_ops(planes, points, box, decoder, *rest):
+    """rest: out, grad, grad_planes, grad_points, grad_decoder, or the first of them."""
+    size = [planes.shape[0], points.shape[1], planes.shape[2], planes.shape[3], *(planes.stride(i) for i in (0, 1, 3, 4))]
+    pointers = [None if t is None or t.numel() == 0 else t.data_ptr() for t in (planes, points, decoder, *rest)]
+    with torch.cuda.device(planes.device) if planes.is_cuda else contextlib.nullcontext():
+        context = torch.cuda.current_stream().cuda_stream if planes.is_cuda else torch.get_num_threads()
+        error = custom_ops(planes.device.type)(
+            {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}[planes.dtype], (ctypes.c_int64 * 8)(*size),
+            (ctypes.c_void_p * 8)(*pointers), ctypes.c_double(box), ctypes.c_int64(context))
+    if error:
+        raise RuntimeError(f"custom_ops.cu: {error.decode()}")
+
+
+def channels_last(planes):
+    """(B, 3, C, T, T) as before, with the channels of a pixel adjacent in memory."""
+    return planes.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+
+
+@torch.library.custom_op("threedgp::triplane", mutates_args=())
+def triplane(planes: torch.Tensor, points: torch.Tensor, box: float, decoder: torch.Tensor) -> torch.Tensor:
+    """`sample_triplane`, or with `TriplaneDecoder.packed()` for a decoder what that makes of the features: (B, N, 4).
+
+    Planes may be float32 or bfloat16, and float64 on a CPU; fast if their channels are adjacent (`channels_last`). Points
+    and decoder are float32 (float64 with float64). An empty decoder is none. Gradients to all three.
+    """
+    planes = planes if planes.stride(2) == 1 else channels_last(planes)
+    out = points.new_empty(*points.shape[:2], 4 if len(decoder) else planes.shape[2])
+    call_custom_ops(planes, points.contiguous(), box, decoder, out)
+    return out
+
+
+@torch.library.custom_op("threedgp::triplane_backward", mutates_args=())
+def triplane_backward(planes: torch.Tensor, points: torch.Tensor, box: float, decoder: torch.Tensor, grad: torch.Tensor
+                      ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if grad.is_cuda and torch.are_deterministic_algorithms_enabled():
+        message = ("the gradient of the tri-plane lookup is not deterministic on a GPU: it is summed in varying order. "
+                   "Train on a CPU, or allow it: torch.use_deterministic_algorithms(True, warn_only=True)")
+        if not torch.is_deterministic_algorithms_warn_only_enabled():
+            raise RuntimeError(message)
+        warnings.warn(message)
+    planes = planes if planes.stride(2) == 1 else channels_last(planes)
+    points, grad = points.contiguous(), grad.contiguous()
+    B, _, C, T, _ = planes.shape
+    grad_planes, grad_points = points.new_zeros(B, 3, T, T, C), torch.zeros_like(points)
+    grad_decoder = torch.zeros_like(decoder)
+    call_custom_ops(planes, points, box, decoder, None, grad, grad_planes, grad_points, grad_decoder)
+    if len(decoder):
+        grad_decoder[-4:] = grad.sum((0, 1))
+    return grad_planes.permute(0, 1, 4, 2, 3).to(planes.dtype), grad_points, grad_decoder
+
+
+@triplane.register_fake
+def _(planes, points, box, decoder):
+    return points.new_empty(*points.shape[:2], 4 if len(decoder) else planes.shape[2])
+
+
+@triplane_backward.register_fake
+def _(planes, points, box, decoder, grad):
+    return channels_last(torch.empty_like(planes)), torch.empty_like(points), torch.empty_like(decoder)
+
+
+def triplane_context(ctx, inputs, output):
+    planes, points, ctx.box, decoder = inputs
+    ctx.save_for_backward(planes, points, decoder)
+
+
+def triplane_autograd(ctx, grad):
+    planes, points, decoder = ctx.saved_tensors
+    grad_planes, grad_points, grad_decoder = triplane_backward(planes, points, ctx.box, decoder, grad)
+    return grad_planes, grad_points, None, grad_decoder
+
+
+triplane.register_autograd(triplane_autograd, setup_context=triplane_context)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Camera ("ball in sphere", paper section 3.2), camera generator and its regularisers, patches
@@ -805,6 +944,25 @@ class TriplaneDecoder(nn.Module):
         out = self.model(features)
         return out[..., :3], out[..., 3]
 
+    def packed(self):
+        """All weights in one vector, as custom_ops.cu has them; C, at most 32, padded by zeros to 16 or 32."""
+        (w1, b1), (w2, b2) = self.model[0].effective(), self.model[1].effective()
+        width = 16 if w1.shape[1] <= 16 and not w1.is_cuda else 32
+        return torch.cat([F.pad(w1, (0, width - w1.shape[1])).flatten(), b1, w2.flatten(), b2])
+
+
+def query_triplane(planes, points, box, decoder, fused):
+    """Colour and density at points: `decoder(sample_triplane(planes, points, box))`, fused or not.
+
+    planes (B, 3, C, T, T), points (B, N, 3) in world units -> rgb (B, N, 3), sigma_raw (B, N)
+    """
+    if not fused:
+        return decoder(sample_triplane(planes, points, box))
+    if planes.shape[2] > 32:
+        return decoder(triplane(planes, points, box, points.new_empty(0)))
+    out = triplane(planes, points, box, decoder.packed())
+    return out[..., :3], out[..., 3]
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Generator: mapping, StyleGAN2 backbone, depth adaptor (paper sections 3.1 and 3.3)
 
@@ -985,11 +1143,10 @@ class Generator(nn.Module):
         self.depth_adaptor = DepthAdaptor(cfg) if cfg.depth != "none" else None
         self.density_noise = 0.0   # standard deviation, set by the training loop
 
-    def query(self, planes, origins, directions, depths):
+    def query(self, planes, origins, directions, depths, fused):
         """Colour and density at `depths` (B, R, S) on rays (B, R, 3). -> rgb (B, R, S, 3), sigma_raw (B, R, S)"""
         points = origins[:, :, None] + depths[..., None] * directions[:, :, None]      # (B, R, S, 3)
-        features = sample_triplane(planes, points.flatten(1, 2), self.cfg.box)         # (B, R S, C)
-        rgb, sigma_raw = self.decoder(features)
+        rgb, sigma_raw = query_triplane(planes, points.flatten(1, 2), self.cfg.box, self.decoder, fused)
         if self.training and self.density_noise > 0:
             sigma_raw = sigma_raw + self.density_noise * torch.randn_like(sigma_raw)
         return rgb.view(*depths.shape, 3), sigma_raw.view(depths.shape)
@@ -999,13 +1156,15 @@ class Generator(nn.Module):
         cfg, random = self.cfg, self.training
         origins, directions = camera_rays(camera, resolution, patch)                   # (B, R, 3)
         B, R, _ = directions.shape
+        fused = cfg.fused and has_custom_ops(planes.device.type)
+        planes = channels_last(planes) if fused else planes
         coarse = stratified_depths(cfg.near, cfg.far, (B, R), cfg.coarse_samples, random, planes.device)
-        rgb, sigma = self.query(planes, origins, directions, coarse)
+        rgb, sigma = self.query(planes, origins, directions, coarse, fused)
         u = (torch.rand(B, R, cfg.fine_samples, device=planes.device) if random else
              ((torch.arange(cfg.fine_samples, device=planes.device) + 0.5) / cfg.fine_samples).expand(B, R, -1))
         # twice the density sharpens the importance weights; the spec is silent here, the reference vectors are not
         fine = importance_depths(coarse, ray_weights(sigma, coarse, density_scale=2.0), u)
-        fine_rgb, fine_sigma = self.query(planes, origins, directions, fine)
+        fine_rgb, fine_sigma = self.query(planes, origins, directions, fine, fused)
         depths, order = torch.cat([coarse, fine], -1).sort(-1)                         # (B, R, S)
         rgb = torch.cat([rgb, fine_rgb], -2).gather(-2, order[..., None].expand(-1, -1, -1, 3))
         rgb, depth, _ = march_rays(rgb, torch.cat([sigma, fine_sigma], -1).gather(-1, order), depths)
@@ -1523,7 +1682,7 @@ def adam(params, lr, interval=None):
 
 # On resuming, these options may be set anew; all others are the checkpoint's.
 FREE_ON_RESUME = {"out", "resume", "device", "workers", "kimg", "snapshot_kimg", "log_kimg", "eval_images", "precision",
-                  "teacher_weights", "batch_gpu", "data"}
+                  "teacher_weights", "batch_gpu", "data", "fused"}
 
 
 def run_file(out, kind, images, suffix):
@@ -1614,6 +1773,8 @@ def train(cfg, resumed=None):
     rank, world, local_rank = distributed()
     validate(cfg, world)
     device = choose_device(cfg, local_rank)
+    if cfg.fused:
+        custom_ops(device.type)                             # compile now, not behind the progress bar
     data = open_data(cfg)
     teacher = Teacher(cfg.teacher, cfg.teacher_weights).to(device) if cfg.teacher != "none" else None
     for name, found in (("num_classes", data.num_classes), ("teacher_dim", teacher.dim if teacher else 0)):

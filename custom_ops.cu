@@ -1,0 +1,503 @@
+// Fused tri-plane query: bilinear lookup in three planes, their mean and, if wanted, the two-layer decoder behind it.
+// Forward and backward, for the GPU (nvcc) and, from the same text, for the CPU (C++17 and OpenMP; GCC or Clang).
+//
+//   feature(p) = (bilinear(plane xy, p.xy) + bilinear(plane xz, p.xz) + bilinear(plane yz, p.yz)) / 3       C numbers
+//   out(p)     = w2 leaky_relu(w1 feature(p) + b1) + b2                                     C -> 64 -> 4 numbers
+//
+// PyTorch's grid_sample takes channels first: neighbouring channels of a pixel lie T² numbers apart, the results of all
+// planes are written before they are averaged, and the backward adds channel by channel. Here a corner of a cell is one
+// run of C numbers, which neighbouring threads (GPU) or vector lanes (CPU) read together, and nothing but the result is
+// written. The backward computes features and hidden units again, which costs less than to store and read them.
+//
+// 3dgp.py checks, allocates and calls by plain C pointers: without a header of PyTorch this compiles in seconds. Sums are
+// float32 whatever the planes are (float64 for float64, which is for tests).
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#ifdef __CUDACC__
+#define SHARED __host__ __device__ __forceinline__
+#define UNROLL _Pragma("unroll")
+#else
+#define SHARED inline
+#define UNROLL _Pragma("GCC unroll 12")
+#endif
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Shared by GPU and CPU: memory layout, the interpolation and its adjoint. S is the planes' type, A that of all sums.
+
+constexpr int HIDDEN = 64;       // hidden units of the decoder
+constexpr double SLOPE = 0.2;    // of the leaky ReLU
+
+struct bf16 { uint16_t bits; };
+SHARED float widen(float x) { return x; }
+SHARED double widen(double x) { return x; }
+SHARED float widen(bf16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float y;
+  memcpy(&y, &bits, sizeof y);
+  return y;
+}
+
+// Planes (B, 3, T, T, C) with any strides, counted in numbers, but channels adjacent.
+template <class S> struct Planes { S* data; int64_t image, plane, row, pixel; };
+
+// The decoder's weights, with C padded by zeros to WIDTH = 16 or 32.
+template <class A, int WIDTH> struct Decoder { A w1[HIDDEN][WIDTH], b1[HIDDEN], w2[4][HIDDEN], b2[4]; };
+
+// One call: forward without `grad` (of `out`), backward with it. Without decoder `out` is the features.
+template <class S, class A> struct Query {
+  int64_t B, N;
+  int C, T;
+  Planes<S> planes;
+  A* points;                 // (B, N, 3)
+  A pixels;                  // per unit of length
+  A* decoder;                // a Decoder
+  A* out;                    // (B, N, C) or (B, N, 4)
+  A* grad;
+  Planes<A> grad_planes;     // gradients come zeroed
+  A *grad_points, *grad_decoder;
+};
+
+// V adjacent channels.
+template <class A, int V> struct Pack { A x[V]; };
+template <int V, class A> SHARED Pack<A, V>& pack(A* p) { return *reinterpret_cast<Pack<A, V>*>(p); }
+
+#ifdef __CUDACC__   // copies in words of 16 bytes, which the compiler does not make by itself
+template <class A, int V> using Word = std::conditional_t<V * sizeof(A) % 16 == 0, uint4, A>;
+template <int V, class A> __device__ Pack<A, V> load(const A* from, bool really = true) {
+  Pack<A, V> x;
+  UNROLL for (int i = 0; i < int(sizeof x / sizeof(Word<A, V>)); i++) {
+    const Word<A, V> word = really ? reinterpret_cast<const Word<A, V>*>(from)[i] : Word<A, V>{};
+    memcpy(reinterpret_cast<char*>(&x) + i * sizeof word, &word, sizeof word);
+  }
+  return x;
+}
+template <int V, class A> __device__ void store(A* to, const Pack<A, V>& x) {
+  UNROLL for (int i = 0; i < int(sizeof x / sizeof(Word<A, V>)); i++) {
+    Word<A, V> word;
+    memcpy(&word, reinterpret_cast<const char*>(&x) + i * sizeof word, sizeof word);
+    reinterpret_cast<Word<A, V>*>(to)[i] = word;
+  }
+}
+#endif
+
+// Where a point is on each axis: the pixel below it, and how far beyond that it is, in pixels.
+template <class A> struct Place { int low[3]; A beyond[3]; };
+
+template <class S, class A> SHARED Place<A> locate(const Query<S, A>& q, const A* point) {
+  Place<A> place;
+  UNROLL for (int axis = 0; axis < 3; axis++) {
+    const A p = point[axis] * q.pixels + A(q.T - 1) / 2;
+    const bool near = p >= -1 && p < q.T;   // and not NaN
+    const A low = near ? std::floor(p) : -2;
+    place.low[axis] = int(low);
+    place.beyond[axis] = near ? p - low : 0;
+  }
+  return place;
+}
+
+// Corner i of a point's twelve, four in each plane (xy, xz, yz; the first axis runs along a row): its pixel, its weight (a
+// third of the bilinear one, for the mean) and the weight's slopes along both axes. Beyond the edge planes are zero.
+template <class A> struct Corner {
+  int plane, axis_u, axis_v, x, y;
+  A weight, du, dv;
+  bool inside;
+  template <class S> SHARED S* in(const Planes<S>& p, int64_t b, int c) const {
+    return p.data + b * p.image + plane * p.plane + y * p.row + x * p.pixel + c;
+  }
+};
+
+template <class A> SHARED Corner<A> corner(const Place<A>& place, int i, int T) {
+  const int plane = i / 4, right = i & 1, up = i >> 1 & 1, axis_u = plane == 2, axis_v = 1 + (plane > 0);
+  const int x = place.low[axis_u] + right, y = place.low[axis_v] + up;
+  const A u = place.beyond[axis_u], v = place.beyond[axis_v], wu = right ? u : 1 - u, wv = (up ? v : 1 - v) / 3;
+  return {plane, axis_u, axis_v, x, y, wu * wv, right ? wv : -wv, (up ? wu : -wu) / 3, x >= 0 && y >= 0 && x < T && y < T};
+}
+
+// x: the channels [c, c + V) at a corner. A GPU makes the load itself conditional and does not branch around its use: so
+// the loads of all twelve corners are under way at once.
+#ifdef __CUDA_ARCH__
+#define READ const Pack<S, V> x = load<V>(at.in(q.planes, b, c), at.inside)
+#else
+#define READ if (!at.inside) continue; const Pack<S, V>& x = pack<V>(at.in(q.planes, b, c))
+#endif
+
+// Channels [c, c + V) of the feature at a place.
+template <int V, class S, class A>
+SHARED Pack<A, V> gather(const Query<S, A>& q, int64_t b, const Place<A>& place, int c) {
+  Pack<A, V> feature = {};
+  UNROLL for (int i = 0; i < 12; i++) {
+    const Corner<A> at = corner(place, i, q.T);
+    READ;
+    for (int v = 0; v < V; v++) feature.x[v] += at.weight * widen(x.x[v]);
+  }
+  return feature;
+}
+
+// The adjoint. g is the gradient of channels [c, c + V); it adds to the gradient of the planes at corner i ...
+template <int V, class S, class A>
+SHARED void scatter(const Query<S, A>& q, int64_t b, const Place<A>& place, int i, int c, const Pack<A, V>& g) {
+  const Corner<A> at = corner(place, i, q.T);
+  if (!at.inside) return;
+  A *to = at.in(q.grad_planes, b, c), w = at.weight;
+#ifndef __CUDA_ARCH__
+  for (int v = 0; v < V; v++) to[v] += w * g.x[v];
+#else   // several threads may add to a place at once
+  if constexpr (V % 4 == 0 && __CUDA_ARCH__ >= 900)
+    UNROLL for (int v = 0; v < V; v += 4)
+      atomicAdd(reinterpret_cast<float4*>(to + v),
+                make_float4(w * g.x[v], w * g.x[v + 1], w * g.x[v + 2], w * g.x[v + 3]));
+  else
+    UNROLL for (int v = 0; v < V; v++) atomicAdd(to + v, w * g.x[v]);
+#endif
+}
+
+// ... and to the gradient of the point, g_point.
+template <int V, class S, class A>
+SHARED void scatter(const Query<S, A>& q, int64_t b, const Place<A>& place, int c, const Pack<A, V>& g, A* g_point) {
+  UNROLL for (int i = 0; i < 12; i++) {
+    const Corner<A> at = corner(place, i, q.T);
+    READ;
+    A dot = 0;
+    for (int v = 0; v < V; v++) dot += g.x[v] * widen(x.x[v]);
+    g_point[at.axis_u] += at.du * q.pixels * dot;
+    g_point[at.axis_v] += at.dv * q.pixels * dot;
+  }
+}
+
+#ifdef __CUDACC__
+// ---------------------------------------------------------------------------------------------------------------------
+// GPU. Lookup: neighbouring threads, its lanes, share a point; each has V channels (16 bytes of them) at a time.
+
+template <int V, class S> __global__ void lookup_forward(Query<S, float> q) {
+  const int64_t n = int64_t(blockIdx.x) * blockDim.y + threadIdx.y, b = blockIdx.y, at = b * q.N + n;
+  if (n >= q.N) return;
+  const Place<float> place = locate(q, q.points + at * 3);
+  for (int c = threadIdx.x * V; c < q.C; c += blockDim.x * V)
+    store(q.out + at * q.C + c, gather<V>(q, b, place, c));
+}
+
+// One lane's part of the adjoint.
+template <int V, class S>
+__device__ void scatter_lane(const Query<S, float>& q, int64_t b, int64_t n, int c, const float* g, float* g_point) {
+  const Place<float> place = locate(q, q.points + (b * q.N + n) * 3);
+  const Pack<float, V> g_here = load<V>(g);
+  UNROLL for (int i = 0; i < 12; i++) scatter<V>(q, b, place, i, c, g_here);
+  scatter<V>(q, b, place, c, g_here, g_point);
+}
+
+// The lanes of a point (a power of two, at most 32) add up their parts of its gradient.
+__device__ void write_point(float* g_point, int lanes, bool writes, float* to) {
+  UNROLL for (int i = 0; i < 3; i++) {
+    for (int d = lanes / 2; d > 0; d /= 2) g_point[i] += __shfl_xor_sync(0xffffffffu, g_point[i], d);
+    if (writes) to[i] = g_point[i];
+  }
+}
+
+template <int V, class S> __global__ void lookup_backward(Query<S, float> q) {
+  const int64_t n = int64_t(blockIdx.x) * blockDim.y + threadIdx.y, b = blockIdx.y, at = b * q.N + n;
+  float g_point[3] = {};
+  if (n < q.N)
+    for (int c = threadIdx.x * V; c < q.C; c += blockDim.x * V)
+      scatter_lane<V>(q, b, n, c, q.grad + at * q.C + c, g_point);
+  write_point(g_point, blockDim.x, n < q.N && threadIdx.x == 0, q.grad_points + at * 3);
+}
+
+// With the decoder a block looks a tile of points up in the same way, into shared memory. Rows of the tile are a little
+// longer than WIDTH, so that they start in different banks.
+constexpr int THREADS = 128, WIDTH = 32, ROW = WIDTH + 4;
+typedef Decoder<float, WIDTH> Weights;
+
+__device__ void copy(const float* from, Weights& to) {   // into shared memory
+  for (int i = threadIdx.x; i < int(sizeof to / sizeof(float)); i += THREADS) reinterpret_cast<float*>(&to)[i] = from[i];
+}
+
+template <int V, int TILE, class S>
+__device__ void gather_tile(const Query<S, float>& q, int64_t b, int64_t start, float (*feature)[ROW]) {
+  constexpr int LANES = WIDTH / V;
+  for (int i = threadIdx.x; i < TILE * LANES; i += THREADS) {
+    const int p = i / LANES, c = i % LANES * V;
+    Pack<float, V> f = {};
+    if (start + p < q.N && c < q.C) f = gather<V>(q, b, locate(q, q.points + (b * q.N + start + p) * 3), c);
+    store(&feature[p][c], f);
+  }
+}
+
+template <int V, class S> __global__ void __launch_bounds__(THREADS) query_forward(Query<S, float> q) {
+  __shared__ __align__(16) float feature[THREADS][ROW];
+  __shared__ __align__(16) Weights w;
+  copy(q.decoder, w);
+  const int64_t b = blockIdx.y;
+  for (int64_t start = int64_t(blockIdx.x) * THREADS; start < q.N; start += int64_t(gridDim.x) * THREADS) {
+    __syncthreads();
+    gather_tile<V, THREADS>(q, b, start, feature);
+    __syncthreads();
+    const int64_t n = start + threadIdx.x;   // from here on a thread has a point
+    if (n >= q.N) continue;
+    const Pack<float, WIDTH> f = load<WIDTH>(feature[threadIdx.x]);
+    Pack<float, 4> y = load<4>(w.b2);
+#pragma unroll 4
+    for (int j = 0; j < HIDDEN; j++) {
+      const Pack<float, WIDTH> row = load<WIDTH>(w.w1[j]);
+      float h = w.b1[j];
+      UNROLL for (int c = 0; c < WIDTH; c++) h += row.x[c] * f.x[c];
+      h *= h > 0 ? 1.0f : float(SLOPE);
+      UNROLL for (int k = 0; k < 4; k++) y.x[k] += w.w2[k][j] * h;
+    }
+    store(q.out + (b * q.N + n) * 4, y);
+  }
+}
+
+template <int V, class S> __global__ void __launch_bounds__(THREADS) query_backward(Query<S, float> q) {
+  constexpr int TILE = THREADS / 2, PART = WIDTH / 2, LANES = WIDTH / V;
+  __shared__ __align__(16) float feature[TILE][ROW], g_hidden[TILE][HIDDEN + 1], g_out[TILE][4];
+  __shared__ __align__(16) Weights w;
+  copy(q.decoder, w);
+  __syncthreads();
+  const int j = threadIdx.x % HIDDEN, half = threadIdx.x / HIDDEN;
+  const Pack<float, WIDTH> w1 = load<WIDTH>(w.w1[j]);
+  const float w2[4] = {w.w2[0][j], w.w2[1][j], w.w2[2][j], w.w2[3][j]}, b1 = w.b1[j];
+  float g_w1[WIDTH] = {}, g_b1 = 0, g_w2[4] = {};
+  const int64_t b = blockIdx.y;
+  for (int64_t start = int64_t(blockIdx.x) * TILE; start < q.N; start += int64_t(gridDim.x) * TILE) {
+    __syncthreads();
+    gather_tile<V, TILE>(q, b, start, feature);
+    for (int i = threadIdx.x; i < TILE * 4; i += THREADS)
+      g_out[i / 4][i % 4] = start + i / 4 < q.N ? q.grad[(b * q.N + start) * 4 + i] : 0;
+    __syncthreads();
+    // a thread has hidden unit j and half of the points: the activation again, its gradient, those of the weights
+    for (int p = half * TILE / 2; p < (half + 1) * TILE / 2; p++) {
+      const Pack<float, WIDTH> f = load<WIDTH>(feature[p]);
+      float h = b1;
+      UNROLL for (int c = 0; c < WIDTH; c++) h += w1.x[c] * f.x[c];
+      const float slope = h > 0 ? 1.0f : float(SLOPE);
+      const Pack<float, 4> g = load<4>(g_out[p]);
+      float d = 0;
+      UNROLL for (int k = 0; k < 4; k++) d += slope * w2[k] * g.x[k], g_w2[k] += slope * h * g.x[k];
+      g_b1 += d;
+      UNROLL for (int c = 0; c < WIDTH; c++) g_w1[c] += d * f.x[c];
+      g_hidden[p][j] = d;
+    }
+    __syncthreads();
+    // a thread has a point and half of the channels: the feature's gradient takes the feature's place
+    const int point = threadIdx.x % TILE, first = threadIdx.x / TILE * PART;
+    Pack<float, PART> g_feature = {};
+#pragma unroll 4
+    for (int i = 0; i < HIDDEN; i++) {
+      const Pack<float, PART> row = load<PART>(w.w1[i] + first);
+      UNROLL for (int c = 0; c < PART; c++) g_feature.x[c] += g_hidden[point][i] * row.x[c];
+    }
+    store(feature[point] + first, g_feature);
+    __syncthreads();
+    for (int i = threadIdx.x; i < TILE * LANES; i += THREADS) {   // lanes share a point again
+      const int p = i / LANES, c = i % LANES * V;
+      float g_point[3] = {};
+      if (start + p < q.N && c < q.C) scatter_lane<V>(q, b, start + p, c, &feature[p][c], g_point);
+      write_point(g_point, LANES, start + p < q.N && c == 0, q.grad_points + (b * q.N + start + p) * 3);
+    }
+  }
+  Weights& grad = *reinterpret_cast<Weights*>(q.grad_decoder);
+  UNROLL for (int c = 0; c < WIDTH; c++) atomicAdd(&grad.w1[j][c], g_w1[c]);
+  UNROLL for (int k = 0; k < 4; k++) atomicAdd(&grad.w2[k][j], g_w2[k]);
+  atomicAdd(&grad.b1[j], g_b1);
+}
+
+template <int V, class S> void launch(const Query<S, float>& q, cudaStream_t stream) {
+  if (q.decoder) {   // as many blocks as the GPU runs at once
+    int device = 0, processors = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    const int64_t tile = q.grad ? THREADS / 2 : THREADS, tiles = (q.N + tile - 1) / tile, wave = 8 * processors / q.B + 1;
+    const dim3 grid(unsigned(tiles < wave ? tiles : wave), unsigned(q.B));
+    if (q.grad) query_backward<V><<<grid, THREADS, 0, stream>>>(q);
+    else query_forward<V><<<grid, THREADS, 0, stream>>>(q);
+  } else {
+    unsigned lanes = 1;
+    while (lanes < 32 && int(lanes) * V < q.C) lanes *= 2;
+    const dim3 block(lanes, 256 / lanes), grid(unsigned((q.N + block.y - 1) / block.y), unsigned(q.B));
+    if (q.grad) lookup_backward<V><<<grid, block, 0, stream>>>(q);
+    else lookup_forward<V><<<grid, block, 0, stream>>>(q);
+  }
+}
+
+template <class S> const char* run(const Query<S, float>& q, int64_t context) {
+  constexpr int V = 16 / sizeof(S);
+  const Planes<S>& p = q.planes;
+  const bool aligned = (q.C | p.image | p.plane | p.row | p.pixel) % V == 0 && uintptr_t(p.data) % 16 == 0;
+  const cudaStream_t stream = reinterpret_cast<cudaStream_t>(context);
+  if (aligned) launch<V>(q, stream);
+  else launch<1>(q, stream);
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+#else
+// ---------------------------------------------------------------------------------------------------------------------
+// CPU. Threads share the points, but of a plane's gradient each share of the channels belongs to one thread: nothing is
+// added to by two threads, and results do not depend on their number.
+
+#define INLINE __attribute__((always_inline)) inline   // strides then are constants, and arrays known not to overlap
+constexpr int TILE = 32, CHUNK = 128 * TILE;   // points; those of a chunk have one sum for the decoder's weights
+
+// out (rows, N) += a (rows, depth) b (depth, N). Sums of 64 numbers stay in registers. a(i, k) is a[i * ai + k * ak].
+template <int N, class A>
+INLINE void multiply_add(int rows, int depth, const A* a, int ai, int ak, const A* b, A* out) {
+  typedef A Vector __attribute__((vector_size(32), may_alias, aligned(4)));
+  constexpr int L = N * sizeof(A) / 32, R = 64 / N;
+  for (int i = 0; i < rows; i += R, out += R * N) {
+    Vector sum[R * L];
+    memcpy(sum, out, sizeof sum);
+    for (int k = 0; k < depth; k++)
+#pragma GCC unroll 16
+      for (int s = 0; s < R * L; s++)
+        sum[s] += a[(i + s / L) * ai + k * ak] * reinterpret_cast<const Vector*>(b + k * N)[s % L];
+    memcpy(out, sum, sizeof sum);
+  }
+}
+
+// f(V, c) for the channels of [first, last), V at a time.
+template <class F> void each_block(int first, int last, F f) {
+  for (; first + 32 <= last; first += 32) f(std::integral_constant<int, 32>(), first);
+  for (; first + 16 <= last; first += 16) f(std::integral_constant<int, 16>(), first);
+  for (; first + 4 <= last; first += 4) f(std::integral_constant<int, 4>(), first);
+  for (; first < last; first++) f(std::integral_constant<int, 1>(), first);
+}
+
+template <class S, class A> void feature_at(const Query<S, A>& q, int64_t b, int64_t n, A* out) {
+  const Place<A> place = locate(q, q.points + (b * q.N + n) * 3);
+  each_block(0, q.C, [&](auto V, int c) { pack<V()>(out + c) = gather<V()>(q, b, place, c); });
+}
+
+template <class S, class A> void lookup_forward(const Query<S, A>& q, int threads) {
+#pragma omp parallel for num_threads(threads)
+  for (int64_t i = 0; i < q.B * q.N; i++) feature_at(q, i / q.N, i % q.N, q.out + i * q.C);
+}
+
+template <class S, class A> void lookup_backward(const Query<S, A>& q, A* g_features, int threads) {
+#pragma omp parallel for num_threads(threads)
+  for (int64_t i = 0; i < q.B * q.N; i++) {
+    const Place<A> place = locate(q, q.points + i * 3);
+    each_block(0, q.C, [&](auto V, int c) {
+      scatter<V()>(q, i / q.N, place, c, pack<V()>(g_features + i * q.C + c), q.grad_points + i * 3);
+    });
+  }
+  const int shares = int((threads + 3 * q.B - 1) / (3 * q.B)), width = (q.C + shares - 1) / shares;
+#pragma omp parallel for num_threads(threads)
+  for (int64_t task = 0; task < q.B * 3 * shares; task++) {
+    const int64_t b = task / shares / 3;
+    const int plane = int(task / shares % 3), first = int(task % shares) * width;
+    for (int64_t i = b * q.N; i < (b + 1) * q.N; i++) {
+      const Place<A> place = locate(q, q.points + i * 3);
+      each_block(first, first + width < q.C ? first + width : q.C, [&](auto V, int c) {
+        for (int k = 0; k < 4; k++) scatter<V()>(q, b, place, plane * 4 + k, c, pack<V()>(g_features + i * q.C + c));
+      });
+    }
+  }
+}
+
+// The decoder for a tile of points, and what its backward needs. One per thread.
+template <int WIDTH, class S, class A> struct Tile {
+  typedef Decoder<A, WIDTH> Weights;
+  const Weights& w;
+  alignas(64) A w1_t[WIDTH][HIDDEN];
+  alignas(64) A feature[TILE][WIDTH], hidden[TILE][HIDDEN], g_feature[TILE][WIDTH], g_hidden[TILE][HIDDEN];
+
+  Tile(const Query<S, A>& q) : w(*reinterpret_cast<Weights*>(q.decoder)) {
+    for (int j = 0; j < HIDDEN; j++)
+      for (int c = 0; c < WIDTH; c++) w1_t[c][j] = w.w1[j][c];
+  }
+  INLINE void fill(const Query<S, A>& q, int64_t b, int64_t start, int count) {   // `hidden` is before the activation
+    memset(feature, 0, sizeof feature);
+    for (int p = 0; p < count; p++) feature_at(q, b, start + p, feature[p]);
+    for (int p = 0; p < TILE; p++) memcpy(hidden[p], w.b1, sizeof w.b1);
+    multiply_add<HIDDEN>(TILE, WIDTH, *feature, WIDTH, 1, *w1_t, *hidden);
+  }
+  void forward(A* out, int count) {
+    for (int i = 0; i < count * 4; i++) {
+      const A *h = hidden[i / 4], *w2 = w.w2[i % 4];
+      A sum = w.b2[i % 4];
+      for (int j = 0; j < HIDDEN; j++) sum += w2[j] * (h[j] > 0 ? 1 : A(SLOPE)) * h[j];
+      out[i] = sum;
+    }
+  }
+  INLINE void backward(const A* grad, int count, Weights& sums) {   // -> g_feature; adds to sums
+    const A one = 1;
+    A g[TILE][4] = {};
+    memcpy(g, grad, count * sizeof *g);
+    memset(g_hidden, 0, sizeof g_hidden);
+    memset(g_feature, 0, sizeof g_feature);
+    multiply_add<HIDDEN>(TILE, 4, *g, 4, 1, *w.w2, *g_hidden);
+    for (int p = 0; p < TILE; p++)
+      for (int j = 0; j < HIDDEN; j++) {
+        const A slope = hidden[p][j] > 0 ? A(1) : A(SLOPE);
+        hidden[p][j] *= slope, g_hidden[p][j] *= slope;
+      }
+    multiply_add<HIDDEN>(4, TILE, *g, 1, 4, *hidden, *sums.w2);
+    multiply_add<HIDDEN>(1, TILE, &one, 0, 0, *g_hidden, sums.b1);
+    multiply_add<WIDTH>(HIDDEN, TILE, *g_hidden, 1, HIDDEN, *feature, *sums.w1);
+    multiply_add<WIDTH>(TILE, HIDDEN, *g_hidden, HIDDEN, 1, *w.w1, *g_feature);
+  }
+};
+
+// Forward; or the gradients of the decoder's weights and of the features (B, N, C).
+template <int WIDTH, class S, class A> void query(const Query<S, A>& q, A* g_features, int threads) {
+  const int64_t chunks = (q.N + CHUNK - 1) / CHUNK;
+  std::vector<Decoder<A, WIDTH>> sums(q.grad ? q.B * chunks : 0);
+#pragma omp parallel num_threads(threads)
+  {
+    Tile<WIDTH, S, A> tile(q);
+#pragma omp for
+    for (int64_t i = 0; i < q.B * chunks; i++) {
+      const int64_t b = i / chunks, first = i % chunks * CHUNK, end = first + CHUNK < q.N ? first + CHUNK : q.N;
+      for (int64_t start = first; start < end; start += TILE) {
+        const int64_t at = b * q.N + start;
+        const int count = int(end - start < TILE ? end - start : TILE);
+        tile.fill(q, b, start, count);
+        if (!q.grad) {
+          tile.forward(q.out + at * 4, count);
+        } else {
+          tile.backward(q.grad + at * 4, count, sums[i]);
+          for (int p = 0; p < count; p++) memcpy(g_features + (at + p) * q.C, tile.g_feature[p], sizeof(A) * q.C);
+        }
+      }
+    }
+  }
+  for (const Decoder<A, WIDTH>& sum : sums)
+    for (int i = 0; i < int(sizeof sum / sizeof(A)); i++) q.grad_decoder[i] += reinterpret_cast<const A*>(&sum)[i];
+}
+
+template <class S, class A> const char* run(const Query<S, A>& q, int64_t context) {
+  const int threads = int(context);
+  std::vector<A> g_features(q.decoder && q.grad ? q.B * q.N * q.C : 0);
+  if (q.decoder) (q.C <= 16 ? query<16, S, A> : query<32, S, A>)(q, g_features.data(), threads);
+  else if (!q.grad) lookup_forward(q, threads);
+  if (q.grad) lookup_backward(q, q.decoder ? g_features.data() : q.grad, threads);
+  return nullptr;
+}
+#endif
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The interface. dtype of the planes: 0 float32, 1 bfloat16, 2 float64 (CPU); everything else is float32, or float64
+// with it. size: B, N, C, T, then the planes' strides over images, planes, rows, pixels. tensors: planes, points, decoder,
+// out, grad, grad_planes (B, 3, T, T, C) without gaps, grad_points, grad_decoder; null where there is none. The gradient of
+// b2, a plain sum, is left to the caller. context: the CUDA stream, or the number of threads. -> null, or what is wrong.
+
+template <class S, class A> const char* call(const int64_t* n, void* const* t, double box, int64_t context) {
+  const int64_t C = n[2], T = n[3];
+  const auto a = [t](int i) { return static_cast<A*>(t[i]); };
+  if (n[0] == 0 || n[1] == 0) return nullptr;
+  return run(Query<S, A>{n[0], n[1], int(C), int(T), {static_cast<S*>(t[0]), n[4], n[5], n[6], n[7]}, a(1), A((T - 1) / (2 * box)), a(2),
+                         a(3), a(4), {a(5), 3 * T * T * C, T * T * C, T * C, C}, a(6), a(7)}, context);
+}
+
+extern "C" const char* triplane(int dtype, const int64_t* size, void* const* tensors, double box, int64_t context) {
+  if (dtype == 0) return call<float, float>(size, tensors, box, context);
+  if (dtype == 1) return call<bf16, float>(size, tensors, box, context);
+#ifndef __CUDACC__
+  if (dtype == 2) return call<double, double>(size, tensors, box, context);
+#endif
+  return "planes of this dtype are not supported";
+}

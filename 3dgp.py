@@ -139,6 +139,15 @@ class Config:
     eval_images: int = opt(2048, "images on each side of the distances logged at snapshots (0: none)")
 
 
+@dataclasses.dataclass
+class BenchConfig:
+    """Options of `bench`."""
+    what: str = opt("triplane", "what to time: the tri-plane query, fused against plain", "triplane")
+    device: str = opt("auto", "auto takes the GPU if there is one", "auto", "cuda", "cpu")
+    repeats: int = opt(9, "timings of each row, after one to warm up; the median counts")
+    json: bool = opt(False, "print JSON, not a table")
+
+
 # Model sizes. tiny and small are short runs, so their schedules are short, and their camera regulariser counts in
 # shares of the prior's ranges: with the published units a short run leaves the field of view stuck at its upper end.
 SHORT = dict(camera_reg_units="range", camera_reg_weights=(20.0, 10.0, 20.0, 2.0), camera_lr_mult=1.0)
@@ -1758,8 +1767,9 @@ def choose_device(cfg, local_rank):
     if local_rank >= torch.cuda.device_count():
         raise UserError(f"{local_rank + 1} processes on a machine with {torch.cuda.device_count()} GPUs; start fewer")
     torch.cuda.set_device(local_rank)
-    torch.set_float32_matmul_precision("highest" if cfg.precision == "fp32" else "high")
-    torch.backends.cudnn.allow_tf32 = cfg.precision != "fp32"
+    precision = getattr(cfg, "precision", "tf32")
+    torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"
     return torch.device("cuda", local_rank)
 
 
@@ -1773,8 +1783,6 @@ def train(cfg, resumed=None):
     rank, world, local_rank = distributed()
     validate(cfg, world)
     device = choose_device(cfg, local_rank)
-    if cfg.fused:
-        custom_ops(device.type)                             # compile now, not behind the progress bar
     data = open_data(cfg)
     teacher = Teacher(cfg.teacher, cfg.teacher_weights).to(device) if cfg.teacher != "none" else None
     for name, found in (("num_classes", data.num_classes), ("teacher_dim", teacher.dim if teacher else 0)):
@@ -1788,6 +1796,9 @@ def train(cfg, resumed=None):
     share = cfg.batch_size // world
     micro = min(cfg.batch_gpu, share)
     say = print if rank == 0 else (lambda *a, **k: None)
+
+    if cfg.fused:
+        custom_ops(device.type)   # compiles now, not behind the progress bar
 
     # networks: the same in every process, since the seed is
     seed_draws(cfg.seed, -1, "init", 0)
@@ -2005,6 +2016,101 @@ def write_samples(G, labels, path, scenes=16, views=4):
     write_grid(cells, 4 * views, path)
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Bench
+
+def peak_memory_of(run, device):
+    """Most bytes held during run() beyond what was there before. nan where the system does not tell."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    try:    # Linux: give back what is free, then set the high-water mark to what is left
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        status = lambda key: int(Path("/proc/self/status").read_text().split(key)[1].split()[0]) * 1024
+        before = status("VmRSS:")
+        run()
+        return status("VmHWM:") - before
+    except (OSError, AttributeError, IndexError):
+        return math.nan
+
+
+def bench_triplane(cfg, device):
+    """The tri-plane query on rays of random cameras, as in training. -> the shape in words, and rows of a table"""
+    B, rays, S, C, T = (8, 64, 64, 32, 512) if device.type == "cuda" else (2, 64, 32, 32, 256)
+    model, decoder, features = Config(), TriplaneDecoder(C).to(device), torch.empty(0, device=device)
+    plain = lambda p, x: sample_triplane(p.to(x.dtype), x, model.box)
+    fused = lambda p, x, decoder=features: triplane(p, x, model.box, decoder)
+    ways = {"features, plain": plain, "features, fused": fused, "query, plain": lambda p, x: decoder.model(plain(p, x)),
+            "query, fused lookup": lambda p, x: decoder.model(fused(p, x)),
+            "query, fused": lambda p, x: fused(p, x, decoder.packed())}
+    if not has_custom_ops(device.type):
+        ways = {name: way for name, way in ways.items() if "plain" in name}
+
+    def run(name, dtype):
+        """-> seconds forward, seconds of both passes, peak bytes beyond inputs, result and gradients"""
+        planes = torch.randn(B, 3, C, T, T, device=device, dtype=dtype)
+        planes = (channels_last(planes) if "fused" in name else planes).requires_grad_()   # the layout it likes best
+        origins, directions = camera_rays(sample_camera_prior(model, B, device), rays)
+        depths = stratified_depths(model.near, model.far, (B, rays * rays, 1), S, True, device).transpose(2, 3)
+        points = (origins[:, :, None] + depths * directions[:, :, None]).flatten(1, 2).requires_grad_()  # (B, N, 3)
+        grad, clock = torch.randn(*points.shape[:2], C if "features" in name else 4, device=device), []
+
+        def passes():
+            for step in range(3):
+                clock.append(time.perf_counter())
+                y = ways[name](planes, points) if step == 0 else y.backward(grad) if step == 1 else None
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+        peak = peak_memory_of(passes, device)
+        return clock[1] - clock[0], clock[2] - clock[0], peak - (grad.nbytes + planes.nbytes + points.nbytes)
+
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        runs = [[run(name, dtype) for name in ways] for _ in range(cfg.repeats + 1)][1:]   # in turn: all are hit alike
+        for name, (forward, both, extra) in zip(ways, np.median(runs, 0).tolist()):
+            kind = name.split(",")[0]
+            if "plain" in name:
+                base = both, max(extra, 1)
+            touched = B * rays * rays * S * 12 * C * (2 * dtype.itemsize + 4)   # corners read twice and added to once
+            rows.append({"what": name, "planes": str(dtype)[6:], "forward ms": forward * 1e3, "both ms": both * 1e3,
+                         "times faster": base[0] / both, "extra MB": extra / 1e6, "of plain": extra / base[1],
+                         "GB/s": touched / both / 1e9 if kind == "features" else math.nan})
+    return f"{B} images x {rays * rays * S:,} points, C = {C}, T = {T}", rows
+
+
+def copy_speed(device, repeats):
+    """Bytes a copy reads and writes per second, median."""
+    a = torch.zeros(2 ** (29 if device.type == "cuda" else 26), device=device)
+    b, seconds = torch.ones_like(a), []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        a.copy_(b)
+        a[-1].item()    # waits for a GPU
+        seconds.append(time.perf_counter() - start)
+    return 2 * a.nbytes / float(np.median(seconds[1:]))
+
+
+def bench(cfg):
+    if cfg.repeats < 1:
+        raise UserError(f"--repeats {cfg.repeats}: must be positive")
+    device = choose_device(cfg, 0)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    shape, rows = bench_triplane(cfg, device)
+    copy = copy_speed(device, cfg.repeats)
+    if cfg.json:
+        print(json.dumps({"device": name, "torch": torch.__version__, "shape": shape, "copy GB/s": copy / 1e9, "rows": [
+            {k: None if v != v else v for k, v in row.items()} for row in rows]}))   # JSON has no nan
+        return
+    print(f"{name}, PyTorch {torch.__version__}; {shape}; median of {cfg.repeats}\nextra: beyond inputs, result and "
+          f"gradients; GB/s: what the lookups touch, where a copy reads and writes {copy / 1e9:.0f}")
+    table = [[*rows[0]], *([f"{v:.4g}".replace("nan", "") if isinstance(v, float) else v for v in row.values()]
+                           for row in rows)]
+    for line in table:
+        print(f"{line[0]:<20}" + "".join(f"{x:>13}" for x in line[1:]))
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Main: the command line
 
 class Parser(argparse.ArgumentParser):
@@ -2012,18 +2118,24 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help shows all options")
 
 
+MODES = {"train": Config, "bench": BenchConfig}   # each mode's options
+
+
 def parse_arguments(argv):
-    """-> mode, {field: value} of the options given"""
+    """-> mode, {field: value} of the options given. The first word may be a mode; train is the default."""
+    argv = sys.argv[1:] if argv is None else argv
+    mode, argv = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("train", argv)
+    if mode not in MODES:
+        raise UserError(f"{mode}: no such mode; there are {', '.join(MODES)}")
+    training = dict(epilog="Defaults are the published ones at 256²; --preset and --data change them: " + "; ".join(
+        f"{name}: " + ", ".join(f"{k} {v}" for k, v in {**PRESETS, **DATA_PRESETS}[name].items())
+        for name in ("tiny", "small", "imagenet", "dogs"))) if mode == "train" else {}
     parser = Parser(
-        prog="3dgp.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
-        description="3DGP: a 3D GAN for any category, from unposed photographs. Modes: train (default); sample, eval "
-        "and bench are not there yet.",
-        epilog="Defaults are the published ones at 256²; --preset and --data change them: " + "; ".join(
-            f"{name}: " + ", ".join(f"{k} {v}" for k, v in {**PRESETS, **DATA_PRESETS}[name].items())
-            for name in ("tiny", "small", "imagenet", "dogs")))
-    parser.add_argument("mode", nargs="?", default="train", choices=("train", "sample", "eval", "bench"))
-    types = typing.get_type_hints(Config)
-    for f in dataclasses.fields(Config):
+        prog=f"3dgp.py {mode}", allow_abbrev=False, argument_default=argparse.SUPPRESS, **training,
+        description=f"3DGP: a 3D GAN for any category, from unposed photographs. Options of {mode}; "
+        f"modes: {', '.join(MODES)} (--help after a mode shows its own). sample and eval are not there yet.")
+    types = typing.get_type_hints(MODES[mode])
+    for f in dataclasses.fields(MODES[mode]):
         flag, type_ = "--" + f.name.replace("_", "-"), types[f.name]
         shown = " ".join(f"{x:g}" for x in f.default) if isinstance(f.default, tuple) else f.default
         kind = dict(help=f"{f.metadata['help']} (default: {shown})".replace("%", "%%"))
@@ -2035,7 +2147,6 @@ def parse_arguments(argv):
             parser.add_argument(flag, type=type_, choices=f.metadata["choices"],
                                 metavar=None if f.metadata["choices"] else type_.__name__.upper(), **kind)
     given = vars(parser.parse_args(argv))
-    mode = given.pop("mode")
     return mode, {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
 
 
@@ -2098,9 +2209,10 @@ def resolve(given):
 def main(argv=None):
     try:
         mode, given = parse_arguments(argv)
-        if mode != "train":
-            raise UserError(f"{mode}: not there yet; train writes sample grids and measures as it goes")
-        train(*resolve(given))
+        if mode == "bench":
+            bench(BenchConfig(**given))
+        else:
+            train(*resolve(given))
     except (UserError, OSError) as e:
         if distributed()[2] == 0 or dist.is_initialized():     # once per machine, or where it happened
             print(f"3dgp.py: error: {e}", file=sys.stderr)

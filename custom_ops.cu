@@ -14,6 +14,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <exception>
 #include <type_traits>
 #include <vector>
 
@@ -326,7 +327,8 @@ template <int V, class S> void launch(const Query<S, float>& q, cudaStream_t str
 template <class S> const char* run(const Query<S, float>& q, int64_t context) {
   constexpr int V = 16 / sizeof(S);
   const Planes<S>& p = q.planes;
-  const bool aligned = (q.C | p.image | p.plane | p.row | p.pixel) % V == 0 && uintptr_t(p.data) % 16 == 0;
+  const bool aligned = (q.C | p.image | p.plane | p.row | p.pixel) % V == 0 &&
+                       (uintptr_t(p.data) | uintptr_t(q.grad) | uintptr_t(q.out)) % 16 == 0;
   const cudaStream_t stream = reinterpret_cast<cudaStream_t>(context);
   if (aligned) launch<V>(q, stream);
   else launch<1>(q, stream);
@@ -340,7 +342,7 @@ template <class S> const char* run(const Query<S, float>& q, int64_t context) {
 // added to by two threads, and results do not depend on their number.
 
 #define INLINE __attribute__((always_inline)) inline   // strides then are constants, and arrays known not to overlap
-constexpr int TILE = 32, CHUNK = 128 * TILE;   // points; those of a chunk have one sum for the decoder's weights
+constexpr int TILE = 32, CHUNK = 32 * TILE;   // points; those of a chunk have one sum for the decoder's weights
 
 // out (rows, N) += a (rows, depth) b (depth, N). Sums of 64 numbers stay in registers. a(i, k) is a[i * ai + k * ak].
 template <int N, class A>
@@ -489,8 +491,13 @@ template <class S, class A> const char* call(const int64_t* n, void* const* t, d
   const int64_t C = n[2], T = n[3];
   const auto a = [t](int i) { return static_cast<A*>(t[i]); };
   if (n[0] == 0 || n[1] == 0) return nullptr;
-  return run(Query<S, A>{n[0], n[1], int(C), int(T), {static_cast<S*>(t[0]), n[4], n[5], n[6], n[7]}, a(1), A((T - 1) / (2 * box)), a(2),
-                         a(3), a(4), {a(5), 3 * T * T * C, T * T * C, T * C, C}, a(6), a(7)}, context);
+  const Query<S, A> q{n[0], n[1], int(C), int(T), {static_cast<S*>(t[0]), n[4], n[5], n[6], n[7]}, a(1),
+                      A((T - 1) / (2 * box)), a(2), a(3), a(4), {a(5), 3 * T * T * C, T * T * C, T * C, C}, a(6), a(7)};
+  try {
+    return run(q, context);
+  } catch (const std::exception&) {   // no memory left
+    return "not enough memory";
+  }
 }
 
 extern "C" const char* triplane(int dtype, const int64_t* size, void* const* tensors, double box, int64_t context) {

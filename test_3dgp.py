@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -196,6 +197,229 @@ def test_upsampling_is_zero_insertion_and_fir():
     spread = torch.zeros(2, 3, 10, 14)
     spread[:, :, ::2, ::2] = x
     assert torch.allclose(m.upsample(x), m.fir_filter(F.pad(spread, (2, 1, 2, 1)), 0, gain=4), atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Fused tri-plane query: custom_ops.cu against PyTorch's own operators
+
+compiles = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+
+
+def query_inputs(C, T=9, N=70, dtype=torch.float32, device="cpu"):
+    """Planes (2, 3, C, T, T) and points inside, outside, and exactly on the border."""
+    torch.manual_seed(C)
+    planes, real = torch.randn(2, 3, C, T, T), torch.float64 if dtype == torch.float64 else torch.float32
+    points = 1.3 * (torch.rand(2, N, 3) - 0.5)
+    special = [[0.5, 0.5, 0.5], [-0.5, -0.5, -0.5], [0.5, -0.5, 0.1], [0.5, 0, 9], [-900, 0.2, 0]]
+    points[0, :len(special)] = torch.tensor(special)[:N]
+    decoder = m.TriplaneDecoder(C).to(device, real)
+    return planes.to(device, dtype).requires_grad_(), points.to(device, real).requires_grad_(), decoder
+
+
+def fused_features(planes, points):
+    return m.triplane(planes, points, 0.5, points.new_empty(0))
+
+
+def values_and_gradients(f, *inputs):
+    """Of f and of a fixed combination of its values"""
+    y = f(*inputs)
+    y = torch.cat([x if x.ndim == 3 else x[..., None] for x in y], -1) if isinstance(y, tuple) else y
+    cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y)
+    return [y, *torch.autograd.grad((y * cotangent).sum(), inputs)]
+
+
+def close(a, b, tolerance=1e-5):
+    for x, y in zip(a, b, strict=True):
+        assert x.shape == y.shape
+        assert float((x.double() - y.double()).detach().abs().max()) <= tolerance * max(1.0, float(y.detach().abs().max()))
+
+
+@compiles
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("C, N", [(1, 7), (3, 70), (4, 1), (16, 70), (20, 33), (32, 129), (40, 70)])
+def test_fused_query_is_the_plain_one(device, C, N):
+    planes, points, decoder = query_inputs(C, N=N, device=device)
+    inputs = [planes, points, *decoder.parameters()]
+    features = values_and_gradients(lambda p, x: m.sample_triplane(p, x, 0.5), planes, points)
+    query = values_and_gradients(lambda p, x, *_: m.query_triplane(p, x, 0.5, decoder, False), *inputs)
+    between = planes.detach().permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2)   # channels of all planes adjacent
+    for layout in (planes, m.channels_last(planes.detach()), between):
+        layout = layout.detach().requires_grad_()
+        close(values_and_gradients(fused_features, layout, points), features)
+        close(values_and_gradients(lambda p, x, *_: m.query_triplane(p, x, 0.5, decoder, True), layout, *inputs[1:]), query)
+    one = planes[:1].detach().requires_grad_()                                             # one scene for all
+    close(values_and_gradients(lambda p, x: fused_features(p.expand(2, -1, -1, -1, -1), x), one, points),
+          values_and_gradients(lambda p, x: m.sample_triplane(p.expand(2, -1, -1, -1, -1), x, 0.5), one, points))
+
+
+@compiles
+@pytest.mark.parametrize("device", DEVICES)
+def test_points_out_of_this_world_see_nothing_and_change_nothing(device):
+    planes, points, _ = query_inputs(8, device=device)
+    want = values_and_gradients(fused_features, planes, points.detach()[:, 20:].requires_grad_())
+    strange = points.detach().clone()
+    strange[:, :20] = torch.tensor([[math.nan, 0, 0], [0, math.inf, 0.1], [1e30, -1e30, 1e30], [-math.inf, 2, 2]] * 5)
+    strange[:, :20, 2] = 3                                                                 # beyond every plane
+    got = values_and_gradients(fused_features, planes, strange.requires_grad_())
+    assert not got[0][:, :20].any() and not got[2][:, :20].any()
+    close([got[0][:, 20:]], [want[0]])
+    assert got[1].isfinite().all()
+
+
+@compiles
+@pytest.mark.parametrize("device", DEVICES)
+def test_fused_query_of_bfloat16_planes_sums_in_float32(device):
+    for C in (6, 32):
+        planes, points, _ = query_inputs(C, dtype=torch.bfloat16, device=device)
+        wide = planes.detach().float().requires_grad_()
+        got = values_and_gradients(fused_features, planes, points)
+        want = values_and_gradients(fused_features, wide, points)
+        assert got[0].dtype == torch.float32 and got[1].dtype == torch.bfloat16
+        close([got[0], got[2]], [want[0], want[2]], 1e-6)
+        close([got[1]], [want[1]], 2 ** -8)                                                # rounded once, at the end
+
+
+@compiles
+def test_fused_query_against_finite_differences():
+    planes, points, decoder = query_inputs(3, T=4, N=8, dtype=torch.float64)
+    points = points.detach()[:, -2:].requires_grad_()                                      # off the corners of cells
+    assert torch.autograd.gradcheck(fused_features, (planes, points))
+    assert torch.autograd.gradcheck(lambda p, x, *_: m.query_triplane(p, x, 0.5, decoder, True),
+                                    (planes, points, *decoder.parameters()))
+
+
+@compiles
+def test_fused_query_is_a_proper_operator():
+    for C, dtype, vector in ((8, torch.float32, False), (8, torch.float64, True), (20, torch.bfloat16, True)):
+        planes, points, decoder = query_inputs(C, dtype=dtype)
+        packed = decoder.packed().detach().requires_grad_() if vector else points.new_empty(0)
+        torch.library.opcheck(m.triplane, (planes, points, 0.5, packed))
+    planes, points, decoder = query_inputs(8)
+    query = lambda p, x: torch.cat([x if x.ndim == 3 else x[..., None]
+                                    for x in m.query_triplane(p, x, 0.5, decoder, m.has_custom_ops("cpu"))], -1)
+    want = values_and_gradients(query, planes, points)
+    close(values_and_gradients(torch.compile(query, fullgraph=True, backend="aot_eager"), planes, points), want, 1e-6)
+    with torch.autocast("cpu", torch.bfloat16):                                            # points keep their precision
+        close([fused_features(planes, points)], [m.sample_triplane(planes.float(), points, 0.5)])
+    empty = values_and_gradients(fused_features, planes, points.detach()[:, :0].requires_grad_())
+    assert empty[0].shape == (2, 0, 8) and not empty[1].any()
+
+
+@compiles
+def test_fused_query_does_not_depend_on_the_number_of_threads():
+    planes, points, decoder = query_inputs(16, N=3000)
+    threads, results = torch.get_num_threads(), []
+    torch.use_deterministic_algorithms(True)
+    try:
+        for n in (1, 2, 5):
+            torch.set_num_threads(n)
+            packed = decoder.packed().detach().requires_grad_()
+            results.append(values_and_gradients(lambda p, x, d: m.triplane(p, x, 0.5, d), planes, points, packed))
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(False)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_deterministic_mode_on_a_gpu_says_what_to_do():
+    planes, points, _ = query_inputs(8, device="cuda")
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(RuntimeError, match="warn_only"):
+            values_and_gradients(fused_features, planes, points)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@compiles
+@pytest.mark.parametrize("device", DEVICES)
+def test_offsets_beyond_32_bits(device):
+    C, T = 4, 3
+    storage = torch.empty(2 ** 31 + 3 * T * T * C, dtype=torch.bfloat16, device=device)    # hardly any of it is touched
+    planes = storage.as_strided((2, 3, C, T, T), (2 ** 31, T * T * C, 1, T * C, C))
+    values, points, _ = query_inputs(C, T, dtype=torch.bfloat16, device=device)
+    planes.copy_(values.detach())
+    close([fused_features(planes, points)], [fused_features(values, points)], 0)
+
+
+@compiles
+def test_training_uses_the_fused_query(monkeypatch):
+    calls, call = [], m.call_custom_ops
+    monkeypatch.setattr(m, "call_custom_ops", lambda *a: calls.append(1) or call(*a))
+    images = {}
+    for fused in (True, False):
+        torch.manual_seed(0)
+        G = m.Generator(micro(fused=fused)).eval()
+        z, c, prior = m.draw_latents(G.cfg, 4, torch.arange(3))
+        images[fused] = m.synthesize(G, z, c, prior, torch.zeros(4).long())[0]
+        images[fused].sum().backward()
+        assert len(calls) == 4                                                             # two forward, two backward
+    close([images[True]], [images[False]])
+
+
+QUERY = f"""
+import importlib.util, sys, torch
+spec = importlib.util.spec_from_file_location("tdgp", {str(SCRIPT)!r})
+m = importlib.util.module_from_spec(spec)
+sys.modules["tdgp"] = m
+spec.loader.exec_module(m)
+torch.manual_seed(0)
+G = m.Generator(m.Config(**{MICRO!r})).eval()
+z, c, prior = m.draw_latents(G.cfg, 4, torch.zeros(0).long())
+print(m.has_custom_ops("cpu"), m.synthesize(G, z, c, prior, torch.zeros(4).long())[0].square().mean().item())
+"""
+
+
+def start_query(cache, **env):
+    return subprocess.Popen([sys.executable, "-c", QUERY], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, "TORCH_EXTENSIONS_DIR": str(cache), **env})
+
+
+@compiles
+def test_processes_that_start_at_once_build_once_each_and_agree(tmp_path):
+    started = [start_query(tmp_path / "cache", LOCAL_RANK=str(i)) for i in range(3)]
+    results = [p.communicate() for p in started]
+    assert all(p.returncode == 0 for p in started), results
+    assert len({out for out, _ in results}) == 1 and results[0][0].startswith("True")
+    assert re.fullmatch(r"compiling custom_ops.cu for \w+, once ... \d+ s\n", results[0][1])   # the first one speaks
+    assert results[1][1] == results[2][1] == ""
+    assert len(os.listdir(tmp_path / "cache")) == 1                                        # nothing half-made is left
+    again = start_query(tmp_path / "cache").communicate()
+    assert again == (results[0][0], "")                                                    # from the cache, in silence
+    value = float(results[0][0].split()[1])
+    broken = (dict(CXX="/no/such/compiler"), dict(PATH="/nowhere"), dict(CXX="false"))
+    for process in [start_query(tmp_path / f"none{i}", **env) for i, env in enumerate(broken)]:
+        out, err = process.communicate()
+        assert out.startswith("False") and abs(float(out.split()[1]) - value) < 1e-5 * value, err
+        assert err.splitlines()[-1].count("custom_ops.cu is not used") == 1 and len(err.splitlines()) <= 2, err
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_kernels_compile_for_three_generations_without_warnings_or_spills(tmp_path):
+    archs = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in (80, 90, 100)]
+    done = subprocess.run(["nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", "-Xcompiler", "-Wall,-Wextra", *archs, "-fatbin",
+                           "-o", tmp_path / "out", HERE / "custom_ops.cu"], capture_output=True, text=True)
+    log_ = done.stdout + done.stderr
+    assert done.returncode == 0, log_
+    assert "warning" not in log_
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log_)
+    assert len(spills) >= 3 * 8 and set(spills) == {("0", "0")}
+
+
+@compiles
+def test_bench_says_what_the_fused_query_saves(capsys):
+    assert m.main(["bench", "--what", "triplane", "--device", "cpu", "--repeats", "1", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    rows = {(r["what"], r["planes"]): r for r in result["rows"]}
+    assert len(rows) == 10 and result["copy GB/s"] > 0
+    for kind in ("features", "query"):
+        row, plain = rows[f"{kind}, fused", "float32"], rows[f"{kind}, plain", "float32"]
+        assert abs(row["times faster"] - plain["both ms"] / row["both ms"]) < 1e-6
+        if plain["extra MB"] is not None:
+            assert row["extra MB"] < plain["extra MB"] / 3
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -600,13 +824,14 @@ def test_full_disk_leaves_the_earlier_checkpoint(tmp_path, monkeypatch, capsys):
 # ----------------------------------------------------------------------------------------------------------------------
 # Command line and bad input
 
-def test_help_shows_every_option_with_its_default():
-    text = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True, check=True).stdout
+@pytest.mark.parametrize("mode", m.MODES)
+def test_help_shows_every_option_with_its_default(mode):
+    text = subprocess.run([sys.executable, SCRIPT, mode, "--help"], capture_output=True, text=True, check=True).stdout
     text = re.sub(r"\s+", " ", text)
-    for f in dataclasses.fields(m.Config):
+    for f in dataclasses.fields(m.MODES[mode]):
         assert "--" + f.name.replace("_", "-") in text
         assert " ".join(f.metadata["help"].split()[:2]) in text, f.name
-    assert text.count("(default:") == len(dataclasses.fields(m.Config))
+    assert text.count("(default:") == len(dataclasses.fields(m.MODES[mode]))
 
 
 def test_presets_name_real_options_and_are_valid():
@@ -642,14 +867,15 @@ def test_presets_name_real_options_and_are_valid():
     (["--resume", "missing.pt"], "missing.pt: no such file"),
     (["--resume", "latest", "--out", "EMPTY"], "no checkpoint"),
     (["--resume", "GARBAGE"], "not a readable"),
-    (["sample"], "not there yet"),
+    (["sample"], "sample: no such mode"),
+    (["bench", "--repeats", "0"], "--repeats 0: must be positive"),
 ])
 def test_bad_input_is_one_line_and_status_2(tmp_path, capsys, argv, message):
     (tmp_path / "EMPTY").mkdir()
     make_folder(tmp_path / "PHOTOS", each=1)
     (tmp_path / "GARBAGE").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     argv = [str(tmp_path / a) if a in ("EMPTY", "PHOTOS", "GARBAGE") else a for a in argv]
-    if "--out" not in argv:
+    if "--out" not in argv and argv[0] != "bench":
         argv += ["--out", str(tmp_path / "out")]
     status, err = run_main(capsys, *argv)
     assert status == 2 and message in err and err.count("\n") == 1 and err.startswith("3dgp.py: error: ")
@@ -740,11 +966,13 @@ def test_reference_camera():
 def test_reference_triplane_sampling():
     d = load("triplane_sampling")
     planes, points = d["planes"].requires_grad_(), d["coords"].requires_grad_()
-    features = m.sample_triplane(planes, points, float(d["scale"]))
-    agree(features, d["features_mean_over_planes"])
-    g_planes, g_points = torch.autograd.grad((features * d["cotangent"]).sum(), (planes, points))
-    agree(g_planes, d["grad_planes"])
-    agree(g_points, d["grad_coords"])
+    ways = [m.sample_triplane, lambda p, x, box: m.triplane(p, x, box, x.new_empty(0))][:1 + m.has_custom_ops("cpu")]
+    for lookup in ways:
+        features = lookup(planes, points, float(d["scale"]))
+        agree(features, d["features_mean_over_planes"])
+        g_planes, g_points = torch.autograd.grad((features * d["cotangent"]).sum(), (planes, points))
+        agree(g_planes, d["grad_planes"])
+        agree(g_points, d["grad_coords"])
 
 
 @reference
@@ -752,9 +980,11 @@ def test_reference_triplane_decoder():
     d = load("triplane_decoder")
     decoder = m.TriplaneDecoder(8)
     decoder.load_state_dict(parameters(d))
-    rgb, sigma = decoder(d["features"])
-    agree(rgb, d["rgb"])
-    agree(sigma, d["sigma_raw"][:, 0])
+    constant = d["features"][:, None, :, None, None].expand(-1, 3, -1, 2, 2)               # planes with these features
+    for rgb, sigma in [decoder(d["features"][:, None]),
+                       m.query_triplane(constant, torch.zeros(11, 1, 3), 0.5, decoder, m.has_custom_ops("cpu"))]:
+        agree(rgb[:, 0], d["rgb"])
+        agree(sigma, d["sigma_raw"])
 
 
 @reference

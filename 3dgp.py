@@ -24,6 +24,7 @@ import json
 import logging
 import math
 import os
+import platform
 import signal
 import sys
 import tempfile
@@ -604,7 +605,7 @@ def sample_triplane(planes, points, box):
 
 @functools.cache
 def custom_ops(device_type):
-    """The function `triplane` of custom_ops.cu for "cuda" or "cpu"; None, and one line that says why, without it.
+    """A function that calls custom_ops.cu on "cuda" or "cpu"; None, and one line that says why, without it.
 
     Compiled once, into TORCH_EXTENSIONS_DIR or PyTorch's own place. A build is renamed when it is complete and its name
     tells source, target and flags, so any number of processes may start at once.
@@ -621,49 +622,63 @@ def custom_ops(device_type):
             flags = ["-x", "c++", "-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros",
                      "-fassociative-math", *dict(AVX2=["-mavx2", "-mfma"], AVX512=["-mavx512f", "-mavx512vl", "-mfma"]
                                                  ).get(target, [])]
-        key = hashlib.sha256(source.read_bytes() + repr((flags, torch.version.cuda)).encode()).hexdigest()[:16]
+        key = repr((source.read_bytes(), flags, torch.version.cuda, platform.machine()))
         root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
-        library = root / f"3dgp-triplane-{target}-{key}.so"
-        if not library.exists():
+        name = f"3dgp-triplane-{target}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+        if not (root / f"{name}.so").exists():
             if speaks:
-                print(f"compiling custom_ops.cu for {target}, once ...", end=" ", file=sys.stderr, flush=True)
+                print(f"compiling custom_ops.cu for {target}, once:", end=" ", file=sys.stderr, flush=True)
             start = time.time()
             root.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=root) as build:
-                cpp_extension.load("triplane", [str(source)], build_directory=build, with_cuda=cuda,
-                                   is_python_module=False, extra_cflags=None if cuda else flags,
-                                   extra_cuda_cflags=flags if cuda else None, extra_ldflags=None if cuda else ["-fopenmp"])
-                os.replace(Path(build) / "triplane.so", library)
+                cpp_extension.load(name, [str(source)], build_directory=build, with_cuda=cuda, is_python_module=False,
+                                   extra_cflags=None if cuda else flags, extra_cuda_cflags=flags if cuda else None,
+                                   extra_ldflags=None if cuda else ["-fopenmp"])
+                os.replace(Path(build) / f"{name}.so", root / f"{name}.so")
             if speaks:
                 print(f"{time.time() - start:.0f} s", file=sys.stderr)
-        function = ctypes.CDLL(str(library)).triplane
+        function = ctypes.CDLL(str(root / f"{name}.so")).triplane
+        function.restype = ctypes.c_char_p
+
+        def call(dtype, size, pointers, box, context):
+            error = function(dtype, (ctypes.c_int64 * 8)(*size), (ctypes.c_void_p * 8)(*pointers), ctypes.c_double(box),
+                             ctypes.c_int64(context))
+            if error:
+                raise RuntimeError(f"custom_ops.cu: {error.decode()}")
+        x = torch.zeros(4, device=device_type)   # try it: a driver may be too old for what compiles
+        call(0, [1] * 8, [x.data_ptr(), x.data_ptr(), None, x.data_ptr()], 1, 0 if cuda else 1)
+        return call
     except Exception as e:  # no compiler, no ninja, nowhere to write, a build that fails: the plain path does as well
         lines = str(e).splitlines() or [type(e).__name__]
-        reason = next((x for x in lines if "error:" in x), lines[0])
+        reason = next((x for x in lines if "error:" in x or "not found" in x), lines[0])
         if speaks:
             print(f"custom_ops.cu is not used but PyTorch's own operators, with the same results: {reason}",
                   file=sys.stderr)
         return None
-    function.restype = ctypes.c_char_p
-    return function
 
 
 @torch.compiler.assume_constant_result
 def has_custom_ops(device_type):
-    return custom_ops(device_type) is not None
+    return device_type in ("cpu", "cuda") and custom_ops(device_type) is not None
 
 
 def call_custom_ops(planes, points, box, decoder, *rest):
     """rest: out, grad, grad_planes, grad_points, grad_decoder, or the first of them."""
-    size = [planes.shape[0], points.shape[1], planes.shape[2], planes.shape[3], *(planes.stride(i) for i in (0, 1, 3, 4))]
+    (B, three, C, T, width), N = planes.shape, points.shape[1]
+    dtypes = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
+    real = torch.float64 if planes.dtype == torch.float64 else torch.float32
+    if not has_custom_ops(planes.device.type):
+        raise RuntimeError("triplane: custom_ops.cu does not compile here; use sample_triplane")
+    if not (planes.dtype in dtypes and three == 3 and T == width and points.shape == (B, N, 3) and len(decoder) in (
+            0, (16 + 5) * 64 + 4, (32 + 5) * 64 + 4) and (C <= 32 or not len(decoder)) and all(
+            t is None or t.dtype == real and t.device == planes.device for t in (points, decoder, *rest))):
+        raise ValueError("triplane: needs planes (B, 3, C, T, T), points (B, N, 3), a decoder that is empty or packed "
+                         "(C at most 32), on one device; planes float32 or bfloat16, the others float32; or all float64")
+    size = [B, N, C, T, *(planes.stride(i) for i in (0, 1, 3, 4))]
     pointers = [None if t is None or t.numel() == 0 else t.data_ptr() for t in (planes, points, decoder, *rest)]
     with torch.cuda.device(planes.device) if planes.is_cuda else contextlib.nullcontext():
         context = torch.cuda.current_stream().cuda_stream if planes.is_cuda else torch.get_num_threads()
-        error = custom_ops(planes.device.type)(
-            {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}[planes.dtype], (ctypes.c_int64 * 8)(*size),
-            (ctypes.c_void_p * 8)(*pointers), ctypes.c_double(box), ctypes.c_int64(context))
-    if error:
-        raise RuntimeError(f"custom_ops.cu: {error.decode()}")
+        custom_ops(planes.device.type)(dtypes[planes.dtype], size, pointers, box, context)
 
 
 def channels_last(planes):
@@ -680,7 +695,7 @@ def triplane(planes: torch.Tensor, points: torch.Tensor, box: float, decoder: to
     """
     planes = planes if planes.stride(2) == 1 else channels_last(planes)
     out = points.new_empty(*points.shape[:2], 4 if len(decoder) else planes.shape[2])
-    call_custom_ops(planes, points.contiguous(), box, decoder, out)
+    call_custom_ops(planes, points.contiguous(), box, decoder.contiguous(), out)
     return out
 
 
@@ -694,7 +709,7 @@ def triplane_backward(planes: torch.Tensor, points: torch.Tensor, box: float, de
             raise RuntimeError(message)
         warnings.warn(message)
     planes = planes if planes.stride(2) == 1 else channels_last(planes)
-    points, grad = points.contiguous(), grad.contiguous()
+    points, decoder, grad = points.contiguous(), decoder.contiguous(), grad.contiguous()
     B, _, C, T, _ = planes.shape
     grad_planes, grad_points = points.new_zeros(B, 3, T, T, C), torch.zeros_like(points)
     grad_decoder = torch.zeros_like(decoder)
@@ -711,7 +726,7 @@ def _(planes, points, box, decoder):
 
 @triplane_backward.register_fake
 def _(planes, points, box, decoder, grad):
-    return channels_last(torch.empty_like(planes)), torch.empty_like(points), torch.empty_like(decoder)
+    return channels_last(torch.empty_like(planes)), points.new_empty(points.shape), decoder.new_empty(decoder.shape)
 
 
 def triplane_context(ctx, inputs, output):
@@ -1902,7 +1917,7 @@ def train(cfg, resumed=None):
                 now = time.time()
                 entry = dict(stats.result(device), seconds=round(seconds_before + now - start, 1),
                              images_per_second=round((images - tick_images) / (now - tick_time), 2),
-                             memory_mb=peak_memory(device), unreadable=len(bad_names),
+                             memory_mb=memory(device)[1] / 2 ** 20, unreadable=len(bad_names),
                              schedules=schedules(cfg, images / 1000))
                 tick_time, tick_images = now, images
                 log(entry)
@@ -1936,12 +1951,20 @@ def ignore_signals(_):
         signal.signal(s, signal.SIG_IGN)
 
 
-def peak_memory(device):
-    """Of this process, in MB: device memory on a GPU, resident memory on a CPU."""
+def memory(device, reset=False):
+    """Bytes of the GPU, or resident, that this process holds, and the most since a reset. nan where unknown."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) >> 20
-    import resource  # not on every system, and needed on CPUs alone
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+    try:    # Linux
+        if reset:   # give back what is free, then set the high-water mark to what is left
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")
+        status = Path("/proc/self/status").read_text()
+        return tuple(int(status.split(key)[1].split()[0]) * 1024 for key in ("VmRSS:", "VmHWM:"))
+    except (OSError, AttributeError, IndexError):
+        return math.nan, math.nan
 
 
 def check_readable(bad_names, images, cfg):
@@ -2018,78 +2041,58 @@ def write_samples(G, labels, path, scenes=16, views=4):
 # ----------------------------------------------------------------------------------------------------------------------
 # Bench
 
-def peak_memory_of(run, device):
-    """Most bytes held during run() beyond what was there before. nan where the system does not tell."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run()
-        return torch.cuda.max_memory_allocated(device) - before
-    try:    # Linux: give back what is free, then set the high-water mark to what is left
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        status = lambda key: int(Path("/proc/self/status").read_text().split(key)[1].split()[0]) * 1024
-        before = status("VmRSS:")
-        run()
-        return status("VmHWM:") - before
-    except (OSError, AttributeError, IndexError):
-        return math.nan
-
-
 def bench_triplane(cfg, device):
-    """The tri-plane query on rays of random cameras, as in training. -> the shape in words, and rows of a table"""
-    B, rays, S, C, T = (8, 64, 64, 32, 512) if device.type == "cuda" else (2, 64, 32, 32, 256)
-    model, decoder, features = Config(), TriplaneDecoder(C).to(device), torch.empty(0, device=device)
+    """The tri-plane query on rays of random cameras, as in training, and a copy. -> result as a dict"""
+    B, R, S, C, T = (8, 64, 64, 32, 512) if device.type == "cuda" else (2, 64, 32, 32, 256)
+    model, decoder, no_decoder = Config(), TriplaneDecoder(C).to(device), torch.empty(0, device=device)
     plain = lambda p, x: sample_triplane(p.to(x.dtype), x, model.box)
-    fused = lambda p, x, decoder=features: triplane(p, x, model.box, decoder)
+    fused = lambda p, x, decoder=no_decoder: triplane(p, x, model.box, decoder)
     ways = {"features, plain": plain, "features, fused": fused, "query, plain": lambda p, x: decoder.model(plain(p, x)),
             "query, fused lookup": lambda p, x: decoder.model(fused(p, x)),
             "query, fused": lambda p, x: fused(p, x, decoder.packed())}
     if not has_custom_ops(device.type):
         ways = {name: way for name, way in ways.items() if "plain" in name}
 
+    def clock():
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
     def run(name, dtype):
         """-> seconds forward, seconds of both passes, peak bytes beyond inputs, result and gradients"""
         planes = torch.randn(B, 3, C, T, T, device=device, dtype=dtype)
         planes = (channels_last(planes) if "fused" in name else planes).requires_grad_()   # the layout it likes best
-        origins, directions = camera_rays(sample_camera_prior(model, B, device), rays)
-        depths = stratified_depths(model.near, model.far, (B, rays * rays, 1), S, True, device).transpose(2, 3)
+        origins, directions = camera_rays(sample_camera_prior(model, B, device), R)
+        depths = stratified_depths(model.near, model.far, (B, R * R, 1), S, True, device).transpose(2, 3)
         points = (origins[:, :, None] + depths * directions[:, :, None]).flatten(1, 2).requires_grad_()  # (B, N, 3)
-        grad, clock = torch.randn(*points.shape[:2], C if "features" in name else 4, device=device), []
+        grad = torch.randn(*points.shape[:2], C if "features" in name else 4, device=device)
 
-        def passes():
-            for step in range(3):
-                clock.append(time.perf_counter())
-                y = ways[name](planes, points) if step == 0 else y.backward(grad) if step == 1 else None
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-        peak = peak_memory_of(passes, device)
-        return clock[1] - clock[0], clock[2] - clock[0], peak - (grad.nbytes + planes.nbytes + points.nbytes)
+        before, times = memory(device, reset=True)[0], [clock()]
+        y = ways[name](planes, points)
+        times.append(clock())
+        y.backward(grad)
+        times.append(clock())
+        extra = memory(device)[1] - before - (grad.nbytes + planes.nbytes + points.nbytes)
+        return times[1] - times[0], times[2] - times[0], extra
 
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
         runs = [[run(name, dtype) for name in ways] for _ in range(cfg.repeats + 1)][1:]   # in turn: all are hit alike
-        for name, (forward, both, extra) in zip(ways, np.median(runs, 0).tolist()):
-            kind = name.split(",")[0]
-            if "plain" in name:
-                base = both, max(extra, 1)
-            touched = B * rays * rays * S * 12 * C * (2 * dtype.itemsize + 4)   # corners read twice and added to once
+        medians = dict(zip(ways, np.median(runs, 0).tolist()))
+        for name, (forward, both, extra) in medians.items():
+            base = medians[name.split(",")[0] + ", plain"]
+            touched = B * R * R * S * 12 * C * (2 * dtype.itemsize + 4)   # corners are read twice and added to once
             rows.append({"what": name, "planes": str(dtype)[6:], "forward ms": forward * 1e3, "both ms": both * 1e3,
-                         "times faster": base[0] / both, "extra MB": extra / 1e6, "of plain": extra / base[1],
-                         "GB/s": touched / both / 1e9 if kind == "features" else math.nan})
-    return f"{B} images x {rays * rays * S:,} points, C = {C}, T = {T}", rows
-
-
-def copy_speed(device, repeats):
-    """Bytes a copy reads and writes per second, median."""
-    a = torch.zeros(2 ** (29 if device.type == "cuda" else 26), device=device)
-    b, seconds = torch.ones_like(a), []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
+                         "times faster": base[1] / both, "extra MB": extra / 1e6, "of plain": extra / base[2],
+                         "GB/s": touched / both / 1e9 if "features" in name else math.nan})
+    a, b = torch.ones(2, 2 ** (28 if device.type == "cuda" else 25), device=device)
+    copies = []
+    for _ in range(cfg.repeats + 1):
+        start = clock()
         a.copy_(b)
-        a[-1].item()    # waits for a GPU
-        seconds.append(time.perf_counter() - start)
-    return 2 * a.nbytes / float(np.median(seconds[1:]))
+        copies.append(clock() - start)
+    return {"shape": f"{B} images x {R * R * S:,} points, C = {C}, T = {T}", "rows": rows,
+            "copy GB/s": 2 * a.nbytes / float(np.median(copies)) / 1e9}
 
 
 def bench(cfg):
@@ -2097,18 +2100,15 @@ def bench(cfg):
         raise UserError(f"--repeats {cfg.repeats}: must be positive")
     device = choose_device(cfg, 0)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    shape, rows = bench_triplane(cfg, device)
-    copy = copy_speed(device, cfg.repeats)
+    result = {"device": name, "torch": torch.__version__, **bench_triplane(cfg, device)}
     if cfg.json:
-        print(json.dumps({"device": name, "torch": torch.__version__, "shape": shape, "copy GB/s": copy / 1e9, "rows": [
-            {k: None if v != v else v for k, v in row.items()} for row in rows]}))   # JSON has no nan
+        print(json.dumps(result).replace("NaN", "null"))
         return
-    print(f"{name}, PyTorch {torch.__version__}; {shape}; median of {cfg.repeats}\nextra: beyond inputs, result and "
-          f"gradients; GB/s: what the lookups touch, where a copy reads and writes {copy / 1e9:.0f}")
-    table = [[*rows[0]], *([f"{v:.4g}".replace("nan", "") if isinstance(v, float) else v for v in row.values()]
-                           for row in rows)]
-    for line in table:
-        print(f"{line[0]:<20}" + "".join(f"{x:>13}" for x in line[1:]))
+    print(f"{name}, PyTorch {torch.__version__}; {result['shape']}; median of {cfg.repeats}\nextra: beyond inputs, result "
+          f"and gradients; GB/s: what the lookups touch, where a copy reads and writes {result['copy GB/s']:.0f}")
+    for row in ({k: k for k in result["rows"][0]}, *result["rows"]):
+        print("".join(f"{f'{v:.4g}' if isinstance(v, float) else v:>{20 if k == 'what' else 13}}".replace("nan", "   ")
+                      for k, v in row.items()))
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Main: the command line

@@ -14,16 +14,18 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <exception>
+#include <new>
 #include <type_traits>
 #include <vector>
 
 #ifdef __CUDACC__
 #define SHARED __host__ __device__ __forceinline__
 #define UNROLL _Pragma("unroll")
+constexpr bool GPU = true;
 #else
 #define SHARED inline
 #define UNROLL _Pragma("GCC unroll 12")
+constexpr bool GPU = false;
 #endif
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -62,28 +64,9 @@ template <class S, class A> struct Query {
   A *grad_points, *grad_decoder;
 };
 
-// V adjacent channels.
-template <class A, int V> struct Pack { A x[V]; };
+// V adjacent channels. On a GPU 16 bytes of them are one load or store.
+template <class A, int V> struct alignas(GPU && V * sizeof(A) % 16 == 0 ? 16 : sizeof(A)) Pack { A x[V]; };
 template <int V, class A> SHARED Pack<A, V>& pack(A* p) { return *reinterpret_cast<Pack<A, V>*>(p); }
-
-#ifdef __CUDACC__   // copies in words of 16 bytes, which the compiler does not make by itself
-template <class A, int V> using Word = std::conditional_t<V * sizeof(A) % 16 == 0, uint4, A>;
-template <int V, class A> __device__ Pack<A, V> load(const A* from, bool really = true) {
-  Pack<A, V> x;
-  UNROLL for (int i = 0; i < int(sizeof x / sizeof(Word<A, V>)); i++) {
-    const Word<A, V> word = really ? reinterpret_cast<const Word<A, V>*>(from)[i] : Word<A, V>{};
-    memcpy(reinterpret_cast<char*>(&x) + i * sizeof word, &word, sizeof word);
-  }
-  return x;
-}
-template <int V, class A> __device__ void store(A* to, const Pack<A, V>& x) {
-  UNROLL for (int i = 0; i < int(sizeof x / sizeof(Word<A, V>)); i++) {
-    Word<A, V> word;
-    memcpy(&word, reinterpret_cast<const char*>(&x) + i * sizeof word, sizeof word);
-    reinterpret_cast<Word<A, V>*>(to)[i] = word;
-  }
-}
-#endif
 
 // Where a point is on each axis: the pixel below it, and how far beyond that it is, in pixels.
 template <class A> struct Place { int low[3]; A beyond[3]; };
@@ -114,13 +97,21 @@ template <class A> struct Corner {
 template <class A> SHARED Corner<A> corner(const Place<A>& place, int i, int T) {
   const int plane = i / 4, right = i & 1, up = i >> 1 & 1, axis_u = plane == 2, axis_v = 1 + (plane > 0);
   const int x = place.low[axis_u] + right, y = place.low[axis_v] + up;
-  const A u = place.beyond[axis_u], v = place.beyond[axis_v], wu = right ? u : 1 - u, wv = (up ? v : 1 - v) / 3;
-  return {plane, axis_u, axis_v, x, y, wu * wv, right ? wv : -wv, (up ? wu : -wu) / 3, x >= 0 && y >= 0 && x < T && y < T};
+  const A u = place.beyond[axis_u], v = place.beyond[axis_v], wu = (right ? u : 1 - u) * A(1. / 3), wv = up ? v : 1 - v;
+  return {plane, axis_u, axis_v, x, y, wu * wv, (right ? wv : -wv) * A(1. / 3), up ? wu : -wu,
+          x >= 0 && y >= 0 && x < T && y < T};
 }
 
 // x: the channels [c, c + V) at a corner. A GPU makes the load itself conditional and does not branch around its use: so
 // the loads of all twelve corners are under way at once.
 #ifdef __CUDA_ARCH__
+template <int V, class S> __device__ Pack<S, V> load(const S* from, bool inside) {
+  if constexpr (V == 1) return {inside ? *from : S{}};
+  const uint4 bits = inside ? *reinterpret_cast<const uint4*>(from) : uint4{};
+  Pack<S, V> x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
 #define READ const Pack<S, V> x = load<V>(at.in(q.planes, b, c), at.inside)
 #else
 #define READ if (!at.inside) continue; const Pack<S, V>& x = pack<V>(at.in(q.planes, b, c))
@@ -178,16 +169,16 @@ template <int V, class S> __global__ void lookup_forward(Query<S, float> q) {
   if (n >= q.N) return;
   const Place<float> place = locate(q, q.points + at * 3);
   for (int c = threadIdx.x * V; c < q.C; c += blockDim.x * V)
-    store(q.out + at * q.C + c, gather<V>(q, b, place, c));
+    pack<V>(q.out + at * q.C + c) = gather<V>(q, b, place, c);
 }
 
 // One lane's part of the adjoint.
 template <int V, class S>
-__device__ void scatter_lane(const Query<S, float>& q, int64_t b, int64_t n, int c, const float* g, float* g_point) {
+__device__ void scatter_lane(const Query<S, float>& q, int64_t b, int64_t n, int c, float* g, float* g_point) {
   const Place<float> place = locate(q, q.points + (b * q.N + n) * 3);
-  const Pack<float, V> g_here = load<V>(g);
-  UNROLL for (int i = 0; i < 12; i++) scatter<V>(q, b, place, i, c, g_here);
-  scatter<V>(q, b, place, c, g_here, g_point);
+  const Pack<float, V> here = pack<V>(g);
+  UNROLL for (int i = 0; i < 12; i++) scatter<V>(q, b, place, i, c, here);
+  scatter<V>(q, b, place, c, here, g_point);
 }
 
 // The lanes of a point (a power of two, at most 32) add up their parts of its gradient.
@@ -223,7 +214,7 @@ __device__ void gather_tile(const Query<S, float>& q, int64_t b, int64_t start, 
     const int p = i / LANES, c = i % LANES * V;
     Pack<float, V> f = {};
     if (start + p < q.N && c < q.C) f = gather<V>(q, b, locate(q, q.points + (b * q.N + start + p) * 3), c);
-    store(&feature[p][c], f);
+    pack<V>(&feature[p][c]) = f;
   }
 }
 
@@ -238,17 +229,17 @@ template <int V, class S> __global__ void __launch_bounds__(THREADS) query_forwa
     __syncthreads();
     const int64_t n = start + threadIdx.x;   // from here on a thread has a point
     if (n >= q.N) continue;
-    const Pack<float, WIDTH> f = load<WIDTH>(feature[threadIdx.x]);
-    Pack<float, 4> y = load<4>(w.b2);
+    const Pack<float, WIDTH> f = pack<WIDTH>(feature[threadIdx.x]);
+    Pack<float, 4> y = pack<4>(w.b2);
 #pragma unroll 4
     for (int j = 0; j < HIDDEN; j++) {
-      const Pack<float, WIDTH> row = load<WIDTH>(w.w1[j]);
+      const Pack<float, WIDTH> row = pack<WIDTH>(w.w1[j]);
       float h = w.b1[j];
       UNROLL for (int c = 0; c < WIDTH; c++) h += row.x[c] * f.x[c];
       h *= h > 0 ? 1.0f : float(SLOPE);
       UNROLL for (int k = 0; k < 4; k++) y.x[k] += w.w2[k][j] * h;
     }
-    store(q.out + (b * q.N + n) * 4, y);
+    pack<4>(q.out + (b * q.N + n) * 4) = y;
   }
 }
 
@@ -259,7 +250,7 @@ template <int V, class S> __global__ void __launch_bounds__(THREADS) query_backw
   copy(q.decoder, w);
   __syncthreads();
   const int j = threadIdx.x % HIDDEN, half = threadIdx.x / HIDDEN;
-  const Pack<float, WIDTH> w1 = load<WIDTH>(w.w1[j]);
+  const Pack<float, WIDTH> w1 = pack<WIDTH>(w.w1[j]);
   const float w2[4] = {w.w2[0][j], w.w2[1][j], w.w2[2][j], w.w2[3][j]}, b1 = w.b1[j];
   float g_w1[WIDTH] = {}, g_b1 = 0, g_w2[4] = {};
   const int64_t b = blockIdx.y;
@@ -271,11 +262,11 @@ template <int V, class S> __global__ void __launch_bounds__(THREADS) query_backw
     __syncthreads();
     // a thread has hidden unit j and half of the points: the activation again, its gradient, those of the weights
     for (int p = half * TILE / 2; p < (half + 1) * TILE / 2; p++) {
-      const Pack<float, WIDTH> f = load<WIDTH>(feature[p]);
+      const Pack<float, WIDTH> f = pack<WIDTH>(feature[p]);
       float h = b1;
       UNROLL for (int c = 0; c < WIDTH; c++) h += w1.x[c] * f.x[c];
       const float slope = h > 0 ? 1.0f : float(SLOPE);
-      const Pack<float, 4> g = load<4>(g_out[p]);
+      const Pack<float, 4> g = pack<4>(g_out[p]);
       float d = 0;
       UNROLL for (int k = 0; k < 4; k++) d += slope * w2[k] * g.x[k], g_w2[k] += slope * h * g.x[k];
       g_b1 += d;
@@ -288,10 +279,10 @@ template <int V, class S> __global__ void __launch_bounds__(THREADS) query_backw
     Pack<float, PART> g_feature = {};
 #pragma unroll 4
     for (int i = 0; i < HIDDEN; i++) {
-      const Pack<float, PART> row = load<PART>(w.w1[i] + first);
+      const Pack<float, PART> row = pack<PART>(w.w1[i] + first);
       UNROLL for (int c = 0; c < PART; c++) g_feature.x[c] += g_hidden[point][i] * row.x[c];
     }
-    store(feature[point] + first, g_feature);
+    pack<PART>(feature[point] + first) = g_feature;
     __syncthreads();
     for (int i = threadIdx.x; i < TILE * LANES; i += THREADS) {   // lanes share a point again
       const int p = i / LANES, c = i % LANES * V;
@@ -306,32 +297,32 @@ template <int V, class S> __global__ void __launch_bounds__(THREADS) query_backw
   atomicAdd(&grad.b1[j], g_b1);
 }
 
-template <int V, class S> void launch(const Query<S, float>& q, cudaStream_t stream) {
-  if (q.decoder) {   // as many blocks as the GPU runs at once
-    int device = 0, processors = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-    const int64_t tile = q.grad ? THREADS / 2 : THREADS, tiles = (q.N + tile - 1) / tile, wave = 8 * processors / q.B + 1;
-    const dim3 grid(unsigned(tiles < wave ? tiles : wave), unsigned(q.B));
-    if (q.grad) query_backward<V><<<grid, THREADS, 0, stream>>>(q);
-    else query_forward<V><<<grid, THREADS, 0, stream>>>(q);
-  } else {
-    unsigned lanes = 1;
-    while (lanes < 32 && int(lanes) * V < q.C) lanes *= 2;
-    const dim3 block(lanes, 256 / lanes), grid(unsigned((q.N + block.y - 1) / block.y), unsigned(q.B));
-    if (q.grad) lookup_backward<V><<<grid, block, 0, stream>>>(q);
-    else lookup_forward<V><<<grid, block, 0, stream>>>(q);
-  }
-}
-
 template <class S> const char* run(const Query<S, float>& q, int64_t context) {
-  constexpr int V = 16 / sizeof(S);
-  const Planes<S>& p = q.planes;
-  const bool aligned = (q.C | p.image | p.plane | p.row | p.pixel) % V == 0 &&
-                       (uintptr_t(p.data) | uintptr_t(q.grad) | uintptr_t(q.out)) % 16 == 0;
   const cudaStream_t stream = reinterpret_cast<cudaStream_t>(context);
-  if (aligned) launch<V>(q, stream);
-  else launch<1>(q, stream);
+  const auto launch = [&](auto V) {
+    if (q.decoder) {   // as many blocks as the GPU runs at once
+      int device = 0, processors = 0;
+      cudaGetDevice(&device);
+      cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+      const int64_t tile = q.grad ? THREADS / 2 : THREADS, tiles = (q.N + tile - 1) / tile;
+      const int64_t wave = (q.grad ? 3 : 6) * processors / q.B + 1;
+      const dim3 grid(unsigned(tiles < wave ? tiles : wave), unsigned(q.B));
+      if (q.grad) query_backward<V()><<<grid, THREADS, 0, stream>>>(q);
+      else query_forward<V()><<<grid, THREADS, 0, stream>>>(q);
+    } else {
+      unsigned lanes = 1;
+      while (lanes < 32 && int(lanes) * V() < q.C) lanes *= 2;
+      const dim3 block(lanes, 256 / lanes), grid(unsigned((q.N + block.y - 1) / block.y), unsigned(q.B));
+      if (q.grad) lookup_backward<V()><<<grid, block, 0, stream>>>(q);
+      else lookup_forward<V()><<<grid, block, 0, stream>>>(q);
+    }
+  };
+  constexpr int WIDE = 16 / sizeof(S);
+  const Planes<S>& p = q.planes;
+  const bool aligned = (q.C | p.image | p.plane | p.row | p.pixel) % WIDE == 0 &&
+                       (uintptr_t(p.data) | uintptr_t(q.grad) | uintptr_t(q.out)) % 16 == 0;
+  if (aligned) launch(std::integral_constant<int, WIDE>());
+  else launch(std::integral_constant<int, 1>());
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
@@ -373,11 +364,6 @@ template <class S, class A> void feature_at(const Query<S, A>& q, int64_t b, int
   each_block(0, q.C, [&](auto V, int c) { pack<V()>(out + c) = gather<V()>(q, b, place, c); });
 }
 
-template <class S, class A> void lookup_forward(const Query<S, A>& q, int threads) {
-#pragma omp parallel for num_threads(threads)
-  for (int64_t i = 0; i < q.B * q.N; i++) feature_at(q, i / q.N, i % q.N, q.out + i * q.C);
-}
-
 template <class S, class A> void lookup_backward(const Query<S, A>& q, A* g_features, int threads) {
 #pragma omp parallel for num_threads(threads)
   for (int64_t i = 0; i < q.B * q.N; i++) {
@@ -386,7 +372,7 @@ template <class S, class A> void lookup_backward(const Query<S, A>& q, A* g_feat
       scatter<V()>(q, i / q.N, place, c, pack<V()>(g_features + i * q.C + c), q.grad_points + i * 3);
     });
   }
-  const int shares = int((threads + 3 * q.B - 1) / (3 * q.B)), width = (q.C + shares - 1) / shares;
+  const int shares = int((threads + 3 * q.B - 1) / (3 * q.B)), width = ((q.C + shares - 1) / shares + 15) / 16 * 16;
 #pragma omp parallel for num_threads(threads)
   for (int64_t task = 0; task < q.B * 3 * shares; task++) {
     const int64_t b = task / shares / 3;
@@ -471,13 +457,19 @@ template <int WIDTH, class S, class A> void query(const Query<S, A>& q, A* g_fea
     for (int i = 0; i < int(sizeof sum / sizeof(A)); i++) q.grad_decoder[i] += reinterpret_cast<const A*>(&sum)[i];
 }
 
-template <class S, class A> const char* run(const Query<S, A>& q, int64_t context) {
+template <class S, class A> const char* run(const Query<S, A>& q, int64_t context) try {
   const int threads = int(context);
   std::vector<A> g_features(q.decoder && q.grad ? q.B * q.N * q.C : 0);
-  if (q.decoder) (q.C <= 16 ? query<16, S, A> : query<32, S, A>)(q, g_features.data(), threads);
-  else if (!q.grad) lookup_forward(q, threads);
+  if (q.decoder) {
+    (q.C <= 16 ? query<16, S, A> : query<32, S, A>)(q, g_features.data(), threads);
+  } else if (!q.grad) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t i = 0; i < q.B * q.N; i++) feature_at(q, i / q.N, i % q.N, q.out + i * q.C);
+  }
   if (q.grad) lookup_backward(q, q.decoder ? g_features.data() : q.grad, threads);
   return nullptr;
+} catch (const std::bad_alloc&) {
+  return "not enough memory";
 }
 #endif
 
@@ -491,13 +483,9 @@ template <class S, class A> const char* call(const int64_t* n, void* const* t, d
   const int64_t C = n[2], T = n[3];
   const auto a = [t](int i) { return static_cast<A*>(t[i]); };
   if (n[0] == 0 || n[1] == 0) return nullptr;
-  const Query<S, A> q{n[0], n[1], int(C), int(T), {static_cast<S*>(t[0]), n[4], n[5], n[6], n[7]}, a(1),
-                      A((T - 1) / (2 * box)), a(2), a(3), a(4), {a(5), 3 * T * T * C, T * T * C, T * C, C}, a(6), a(7)};
-  try {
-    return run(q, context);
-  } catch (const std::exception&) {   // no memory left
-    return "not enough memory";
-  }
+  return run(Query<S, A>{n[0], n[1], int(C), int(T), {static_cast<S*>(t[0]), n[4], n[5], n[6], n[7]}, a(1),
+                         A((T - 1) / (2 * box)), a(2), a(3), a(4), {a(5), 3 * T * T * C, T * T * C, T * C, C}, a(6), a(7)},
+             context);
 }
 
 extern "C" const char* triplane(int dtype, const int64_t* size, void* const* tensors, double box, int64_t context) {

@@ -48,13 +48,11 @@ from tqdm import tqdm
 class UserError(Exception):
     """A mistake the user can mend. `main` prints it as one line and exits with status 2."""
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Config: one dataclass is the command line, its help and the record in config.json
 
 def opt(default, help: str, *choices):
     return dataclasses.field(default=default, metadata=dict(help=help, choices=choices or None))
-
 
 @dataclasses.dataclass
 class Config:
@@ -139,7 +137,6 @@ class Config:
     log_kimg: float = opt(4, "write a line of log.jsonl every so many kimg")
     eval_images: int = opt(2048, "images on each side of the distances logged at snapshots (0: none)")
 
-
 @dataclasses.dataclass
 class BenchConfig:
     """Options of `bench`."""
@@ -147,7 +144,6 @@ class BenchConfig:
     device: str = opt("auto", "auto takes the GPU if there is one", "auto", "cuda", "cpu")
     repeats: int = opt(9, "timings of each row, after one to warm up; the median counts")
     json: bool = opt(False, "print JSON, not a table")
-
 
 # Model sizes. tiny and small are short runs, so their schedules are short, and their camera regulariser counts in
 # shares of the prior's ranges: with the published units a short run leaves the field of view stuck at its upper end.
@@ -176,11 +172,9 @@ DATA_PRESETS = {
 }
 MBSTD_GROUP = 4  # mini-batch standard deviation compares so many images; they share one patch
 
-
 def linear_schedule(start, end, kimg, over):
     """From start to end while kimg goes from 0 to `over`, then constant."""
     return end if kimg >= over else start + (end - start) * kimg / over
-
 
 def schedules(cfg, kimg):
     """Everything that changes with the number of images seen, in one place."""
@@ -197,7 +191,6 @@ def schedules(cfg, kimg):
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
-
 def to_rgb(image):
     """Any PIL image, upright and as RGB; transparency over white, 16-bit gray scaled to 8."""
     image = PIL.ImageOps.exif_transpose(image)
@@ -208,13 +201,11 @@ def to_rgb(image):
         image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
-
 def crop_resize(image, resolution, filter):
     """Largest centred square, resized."""
     side = min(image.size)
     left, top = (image.width - side) / 2, (image.height - side) / 2
     return image.resize((resolution, resolution), filter, box=(left, top, left + side, top + side))
-
 
 class ImageData:
     """Images of a folder or zip: flat, or one folder per class, or with dataset.json; depth in `<name>_depth.png`.
@@ -320,10 +311,8 @@ class ImageData:
                 return {**item, "label": int(self.labels[i]) if self.num_classes else 0, "bad": bad}
         return dict(bad=bad)
 
-
 def length(*coords):
     return np.sqrt(sum(c * c for c in coords))
-
 
 # Signed distance of each solid from points (x, y, z), y up; about one unit in size, standing on y = -1 or higher.
 SOLIDS = {
@@ -336,7 +325,6 @@ SOLIDS = {
     "octahedron": lambda x, y, z: (abs(x) + abs(y) + abs(z) - 1.1) * 0.577,
     "snowman": lambda x, y, z: np.minimum(length(x, y + 0.4, z) - 0.6, length(x, y - 0.45, z) - 0.45),
 }
-
 
 class ShapesData:
     """Solids on a checkered ground under a sky, drawn from cameras whose distribution is known.
@@ -441,7 +429,6 @@ class ShapesData:
         d = d[pad:-pad, pad:-pad]
         return 2 * (d - d.min()) / max(d.max() - d.min(), 1e-6) - 1
 
-
 def open_data(cfg):
     """The data set that cfg.data names."""
     if cfg.data == "shapes":
@@ -457,7 +444,6 @@ def open_data(cfg):
         raise UserError(f"--data {cfg.data}: no such file or folder, nor one of {', '.join(DATA_PRESETS)}")
     return ImageData(cfg, cfg.data)
 
-
 def collate(items):
     """Stack what can be stacked; failed items carry only their names."""
     bad = [name for item in items for name in item["bad"]]
@@ -466,7 +452,6 @@ def collate(items):
     batch = {k: torch.stack([i[k] for i in items]) for k in ("image", "depth", "true_depth", "camera") if k in items[0]}
     return {**batch, "label": torch.tensor([i["label"] for i in items]), "bad": bad}
 
-
 def real_images(batch, device):
     """A batch as the discriminator sees it: RGB and, if there is any, depth. -> (B, 3 or 4, R, R) in [-1, 1]"""
     if "image" not in batch:
@@ -474,7 +459,6 @@ def real_images(batch, device):
                         f"{batch['bad'][0]}")
     rgb = batch["image"].to(device, non_blocking=True).float() / 127.5 - 1
     return torch.cat([rgb, batch["depth"].to(device, non_blocking=True)], 1) if "depth" in batch else rgb
-
 
 class MirroredData(torch.utils.data.Dataset):
     """The data and its mirror image: index n + i is item i flipped."""
@@ -489,7 +473,6 @@ class MirroredData(torch.utils.data.Dataset):
             if "camera" in item:
                 item["camera"] = item["camera"] * torch.tensor([-1, 1, 1, -1, 1, 1])
         return item
-
 
 class Batches:
     """Endless batches of indices for this process from a step on: a function of seed and step, so that a resumed run
@@ -519,15 +502,12 @@ class Batches:
 def normalize_2nd_moment(x):
     return x * (x.square().mean(dim=1, keepdim=True) + 1e-8).rsqrt()
 
-
 def leaky_relu(x):
     return F.leaky_relu(x, 0.2)
-
 
 # Leaky ReLU comes with a gain of sqrt(2), which keeps the variance. It commutes with the activation, so layers put it
 # into their weights, where it costs nothing.
 GAIN = {leaky_relu: math.sqrt(2), F.softplus: 1.0, None: 1.0}
-
 
 class Linear(nn.Module):
     """Equalised linear layer: weights of unit variance / lr_mult, scaled when used. (B, in) -> (B, out)"""
@@ -544,7 +524,6 @@ class Linear(nn.Module):
     def forward(self, x):
         x = F.linear(x, *self.effective())
         return self.activation(x) if self.activation else x
-
 
 class Conv2d(nn.Module):
     """Equalised convolution that keeps the size; down=2 filters, then halves it. (B, in, H, W) -> (B, out, ., .)"""
@@ -564,13 +543,11 @@ class Conv2d(nn.Module):
         x = F.conv2d(x, weight, bias, stride=self.down, padding=padding)
         return self.activation(x) if self.activation else x
 
-
 def fir_filter(x, padding, gain=1.0):
     """Low-pass with the separable filter [1, 3, 3, 1] / 8, zero padding. (B, C, H, W) -> (B, C, H+2p-3, W+2p-3)"""
     f = x.new_tensor([1.0, 3.0, 3.0, 1.0]) * (math.sqrt(gain) / 8)
     kernel = (f[:, None] * f).expand(x.shape[1], 1, 4, 4)
     return F.conv2d(x, kernel, padding=padding, groups=x.shape[1])
-
 
 def upsample(x):
     """Factor 2: zeros between the pixels, then the FIR with gain 4. (B, C, H, W) -> (B, C, 2H, 2W)
@@ -585,7 +562,6 @@ def upsample(x):
         x = torch.stack([0.75 * x + 0.25 * before, 0.75 * x + 0.25 * after], dim + 1).flatten(dim, dim + 1)
     return x
 
-
 def sample_triplane(planes, points, box):
     """Mean of the three bilinear lookups (EG3D, Chan et al. 2022, section 4).
 
@@ -598,7 +574,6 @@ def sample_triplane(planes, points, box):
     features = F.grid_sample(planes.reshape(B * 3, C, T, T), uv, mode="bilinear", padding_mode="zeros",
                              align_corners=True)                                     # (3B, C, 1, N)
     return features.reshape(B, 3, C, -1).mean(dim=1).transpose(1, 2)                 # (B, N, C)
-
 
 # The same in one pass, with or without the decoder behind it: custom_ops.cu, compiled when it is first used. A custom
 # operator and no autograd.Function: torch.compile then knows its shapes and leaves it alone.
@@ -656,11 +631,9 @@ def custom_ops(device_type):
                   file=sys.stderr)
         return None
 
-
 @torch.compiler.assume_constant_result
 def has_custom_ops(device_type):
     return device_type in ("cpu", "cuda") and custom_ops(device_type) is not None
-
 
 def call_custom_ops(planes, points, box, decoder, *rest):
     """rest: out, grad, grad_planes, grad_points, grad_decoder, or the first of them."""
@@ -680,11 +653,9 @@ def call_custom_ops(planes, points, box, decoder, *rest):
         context = torch.cuda.current_stream().cuda_stream if planes.is_cuda else torch.get_num_threads()
         custom_ops(planes.device.type)(dtypes[planes.dtype], size, pointers, box, context)
 
-
 def channels_last(planes):
     """(B, 3, C, T, T) as before, with the channels of a pixel adjacent in memory."""
     return planes.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
-
 
 @torch.library.custom_op("threedgp::triplane", mutates_args=())
 def triplane(planes: torch.Tensor, points: torch.Tensor, box: float, decoder: torch.Tensor) -> torch.Tensor:
@@ -697,7 +668,6 @@ def triplane(planes: torch.Tensor, points: torch.Tensor, box: float, decoder: to
     out = points.new_empty(*points.shape[:2], 4 if len(decoder) else planes.shape[2])
     call_custom_ops(planes, points.contiguous(), box, decoder.contiguous(), out)
     return out
-
 
 @torch.library.custom_op("threedgp::triplane_backward", mutates_args=())
 def triplane_backward(planes: torch.Tensor, points: torch.Tensor, box: float, decoder: torch.Tensor, grad: torch.Tensor
@@ -718,27 +688,22 @@ def triplane_backward(planes: torch.Tensor, points: torch.Tensor, box: float, de
         grad_decoder[-4:] = grad.sum((0, 1))
     return grad_planes.permute(0, 1, 4, 2, 3).to(planes.dtype), grad_points, grad_decoder
 
-
 @triplane.register_fake
 def _(planes, points, box, decoder):
     return points.new_empty(*points.shape[:2], 4 if len(decoder) else planes.shape[2])
-
 
 @triplane_backward.register_fake
 def _(planes, points, box, decoder, grad):
     return channels_last(torch.empty_like(planes)), points.new_empty(points.shape), decoder.new_empty(decoder.shape)
 
-
 def triplane_context(ctx, inputs, output):
     planes, points, ctx.box, decoder = inputs
     ctx.save_for_backward(planes, points, decoder)
-
 
 def triplane_autograd(ctx, grad):
     planes, points, decoder = ctx.saved_tensors
     grad_planes, grad_points, grad_decoder = triplane_backward(planes, points, ctx.box, decoder, grad)
     return grad_planes, grad_points, None, grad_decoder
-
 
 triplane.register_autograd(triplane_autograd, setup_context=triplane_context)
 
@@ -753,31 +718,25 @@ class Camera(NamedTuple):
     radius: torch.Tensor   # (B,) world units
     look_at: torch.Tensor  # (B, 3) yaw, pitch, radius of the point looked at
 
-
 class Patch(NamedTuple):
     """A square cut-out: `scale` in (0, 1] of the image's side, `offset` of its left and bottom in [0, 1 - scale]."""
     scale: torch.Tensor   # (B,)
     offset: torch.Tensor  # (B, 2) x, y
 
-
 def rows(t, start, stop):
     """Rows start to stop of every tensor in a named tuple."""
     return type(t)(*(x[start:stop] for x in t))
 
-
 CAMERA_PARAMETERS = ("yaw", "pitch", "fov", "look_at_yaw", "look_at_pitch", "look_at_radius")
-
 
 def camera_parameters(camera):
     """The six free parameters, in the order of CAMERA_PARAMETERS. -> (B, 6)"""
     return torch.cat([torch.stack([camera.yaw, camera.pitch, camera.fov], 1), camera.look_at], 1)
 
-
 def camera_ranges(cfg, device="cpu"):
     """Prior range of each of the six parameters. -> (6, 2)"""
     return torch.tensor([cfg.prior_yaw, cfg.prior_pitch, cfg.prior_fov, (-math.pi, math.pi), (0.0, math.pi),
                          cfg.prior_look_at], device=device)
-
 
 def sample_camera_prior(cfg, n, device):
     """n cameras with every parameter uniform in its range and the look-at direction uniform on the sphere."""
@@ -787,18 +746,15 @@ def sample_camera_prior(cfg, n, device):
     return Camera(p[:, 0], p[:, 1], p[:, 2], torch.ones(n, device=device),
                   torch.stack([p[:, 3], look_at_pitch, p[:, 5]], 1))
 
-
 def frontal_camera(cfg, n, device):
     """n cameras in the middle of the prior, looking at the origin."""
     mid = camera_ranges(cfg, device).mean(1).expand(n, 6)
     look_at = torch.stack([mid[:, 3], mid[:, 4], torch.zeros_like(mid[:, 5])], 1)
     return Camera(mid[:, 0], mid[:, 1], mid[:, 2], torch.ones(n, device=device), look_at)
 
-
 def spherical_to_cartesian(yaw, pitch, radius):
     """(B,) each -> (B, 3). y is up; yaw 0 lies on +z."""
     return torch.stack([radius * pitch.sin() * (-yaw).sin(), radius * pitch.cos(), radius * pitch.sin() * yaw.cos()], 1)
-
 
 def cam2world(camera):
     """Camera-to-world matrices; the camera looks along its own -z, x is right, y is up. -> (B, 4, 4)"""
@@ -811,7 +767,6 @@ def cam2world(camera):
     bottom = torch.tensor([0.0, 0.0, 0.0, 1.0], device=origin.device, dtype=origin.dtype).expand(len(origin), 1, 4)
     return torch.cat([top, bottom], dim=1)
 
-
 def patch_grid(patch, n, resolution, device):
     """Coordinates of the pixels of an image or a patch, corners included: x right, y up, in [-1, 1]. -> (n, H, W, 2)"""
     line = torch.linspace(-1, 1, resolution, device=device)
@@ -819,7 +774,6 @@ def patch_grid(patch, n, resolution, device):
     if patch is None:
         return xy
     return (xy + 1) * patch.scale.view(n, 1, 1, 1) - 1 + 2 * patch.offset.view(n, 1, 1, 2)
-
 
 def camera_rays(camera, resolution, patch=None):
     """One ray per pixel, rows from the top. -> origins, unit directions, both (B, resolution², 3), in world units."""
@@ -830,7 +784,6 @@ def camera_rays(camera, resolution, patch=None):
     in_camera = F.normalize(torch.cat([xy, -focal.view(n, 1, 1).expand(-1, xy.shape[1], 1)], 2), dim=2)
     directions = in_camera @ pose[:, :3, :3].transpose(1, 2)                          # (B, R, 3)
     return pose[:, None, :3, 3].expand_as(directions), directions
-
 
 class CameraAdaptor(nn.Module):
     """One MLP of the camera generator: parameters, embeddings of z and class -> new parameters before the sigmoid."""
@@ -852,7 +805,6 @@ class CameraAdaptor(nn.Module):
         if self.project_c is not None:
             x.append(normalize_2nd_moment(self.project_c(c)))
         return self.main(torch.cat(x, 1))
-
 
 class CameraGenerator(nn.Module):
     """Maps a prior camera to a posterior one (paper section 3.2). The origin sees the class, the look-at also z."""
@@ -877,16 +829,13 @@ class CameraGenerator(nn.Module):
         pitch = q[:, 1].clamp(float(low[1]) + 1e-5, float(high[1]) - 1e-5)
         return Camera(q[:, 0], pitch, q[:, 2], prior.radius, q[:, 3:])
 
-
 def emd_1d(a, b):
     """Squared-cost optimal transport between equal numbers of scalars: in 1-D, sort both. a, b (n, ...) -> (...)"""
     return (a.sort(0).values - b.sort(0).values).square().mean(0)
 
-
 def camera_emd(prior, posterior):
     """Earth mover's distance of each of the six camera parameters, in squared radians or degrees. -> (6,)"""
     return emd_1d(camera_parameters(prior), camera_parameters(posterior))
-
 
 def camera_gradient_penalty(camera_generator, prior, z, c):
     """The paper's regulariser: |g| + 1 / (|g| + 1e-4), g = d posterior_i / d prior_i, mean over samples. -> (6,)"""
@@ -894,7 +843,6 @@ def camera_gradient_penalty(camera_generator, prior, z, c):
     posterior = camera_parameters(camera_generator(Camera(p[:, 0], p[:, 1], p[:, 2], prior.radius, p[:, 3:]), z, c))
     g = torch.stack([torch.autograd.grad(posterior[:, i].sum(), p, create_graph=True)[0][:, i] for i in range(6)], 1)
     return (g.abs() + 1 / (g.abs() + 1e-4)).mean(0)
-
 
 def sample_patch(cfg, n, kimg):
     """n random patches; every MBSTD_GROUP consecutive ones are the same. Scale ~ s_min + (1 - s_min) Beta(1, b)."""
@@ -905,7 +853,6 @@ def sample_patch(cfg, n, kimg):
     scale = smallest + (1 - smallest) * beta
     offset = torch.rand(groups, 2, dtype=torch.float64) * (1 - scale[:, None])
     return Patch(*(x.float().repeat_interleave(MBSTD_GROUP, 0)[:n] for x in (scale, offset)))
-
 
 def extract_patch(image, patch, resolution):
     """Cut patches out of images, bilinear, by the coordinates `camera_rays` uses. (B, ., H, W) -> (B, ., P, P)"""
@@ -922,7 +869,6 @@ def stratified_depths(near, far, shape, samples, random, device):
     low, high = torch.cat([grid[:1], mid]), torch.cat([mid, grid[-1:]])
     u = torch.rand(*shape, samples, device=device) if random else torch.full((*shape, samples), 0.5, device=device)
     return low + (high - low) * u
-
 
 def importance_depths(depths, weights, u):
     """Invert the piecewise constant distribution of the coarse weights. No gradient.
@@ -941,7 +887,6 @@ def importance_depths(depths, weights, u):
         width = torch.where(c1 - c0 < 1e-5, torch.ones_like(c0), c1 - c0)
         return b0 + (u - c0) / width * (b1 - b0)
 
-
 def ray_weights(sigma_raw, depths, density_scale=1.0):
     """alpha_i = 1 - exp(-delta_i softplus(sigma_i)); weight = alpha x transmittance. (..., S), (..., S) -> (..., S)"""
     delta = torch.cat([depths[..., 1:] - depths[..., :-1], torch.full_like(depths[..., :1], 1e10)], -1)
@@ -949,13 +894,11 @@ def ray_weights(sigma_raw, depths, density_scale=1.0):
     transmittance = torch.cumprod(torch.cat([torch.ones_like(alpha[..., :1]), 1 - alpha[..., :-1] + 1e-10], -1), -1)
     return alpha * transmittance
 
-
 def march_rays(rgb, sigma_raw, depths):
     """Composite along rays. rgb (..., S, 3), sigma_raw (..., S) before the softplus, depths (..., S) sorted
     -> rgb (..., 3), depth (...), weights (..., S)"""
     weights = ray_weights(sigma_raw, depths)
     return (weights[..., None] * rgb).sum(-2), (weights * depths).sum(-1), weights
-
 
 class TriplaneDecoder(nn.Module):
     """Two layers from the mean plane feature to colour (as is, no sigmoid) and density (before the softplus)."""
@@ -973,7 +916,6 @@ class TriplaneDecoder(nn.Module):
         (w1, b1), (w2, b2) = self.model[0].effective(), self.model[1].effective()
         width = 16 if w1.shape[1] <= 16 and not w1.is_cuda else 32
         return torch.cat([F.pad(w1, (0, width - w1.shape[1])).flatten(), b1, w2.flatten(), b2])
-
 
 def query_triplane(planes, points, box, decoder, fused):
     """Colour and density at points: `decoder(sample_triplane(planes, points, box))`, fused or not.
@@ -1006,7 +948,6 @@ class MappingNetwork(nn.Module):
         if self.embed is not None:
             x.append(normalize_2nd_moment(self.embed(c)))
         return self.fc1(self.fc0(torch.cat(x, 1)))
-
 
 class SynthesisLayer(nn.Module):
     """3x3 modulated and demodulated convolution, noise, leaky ReLU. up=2 doubles the resolution.
@@ -1041,7 +982,6 @@ class SynthesisLayer(nn.Module):
         gain = GAIN[leaky_relu]
         return leaky_relu(torch.addcmul((bias * gain).to(x.dtype), x, (demod * gain)[:, :, None, None].to(x.dtype)))
 
-
 class ToRGB(nn.Module):
     """1x1 modulated convolution (not demodulated) to the tri-plane's channels."""
 
@@ -1054,7 +994,6 @@ class ToRGB(nn.Module):
     def forward(self, x, w):  # (B, in, H, W), (B, w_dim) -> (B, out, H, W)
         style = self.affine(w) / math.sqrt(self.weight.shape[1])
         return F.conv2d(x * style[:, :, None, None].to(x.dtype), self.weight.to(x.dtype), self.bias.to(x.dtype))
-
 
 class SynthesisBlock(nn.Module):
     """Doubles the resolution (but for the first), then adds to the upsampled skip."""
@@ -1074,10 +1013,8 @@ class SynthesisBlock(nn.Module):
         y = self.torgb(x, w).to(w.dtype)   # the skips are summed in w's precision
         return x, y if skip is None else upsample(skip) + y
 
-
 def channels(cfg, resolution):
     return min(cfg.channel_base // resolution, cfg.channel_max)
-
 
 class TriplaneBackbone(nn.Module):
     """StyleGAN2 synthesis network with 3 x C output channels."""
@@ -1096,7 +1033,6 @@ class TriplaneBackbone(nn.Module):
         for r in self.resolutions:
             x, planes = getattr(self, f"b{r}")(x, planes, w, noise)
         return planes.view(len(w), 3, self.features, *planes.shape[2:])
-
 
 class DepthAdaptor(nn.Module):
     """Turns rendered depth into something that looks like estimated depth (paper section 3.1).
@@ -1134,7 +1070,6 @@ class DepthAdaptor(nn.Module):
         """Candidate choice[i], an int64 (B,), of each sample. -> (B, 1, H, W)"""
         return self.candidates(depth)[choice, torch.arange(len(choice), device=choice.device)]
 
-
 def sample_adaptor_choice(cfg, n, kimg, device):
     """Which candidate each of n training samples takes. -> int64 (n,)"""
     if cfg.depth_adaptor == "random":  # linear in the index, and the first one's share is p
@@ -1145,11 +1080,9 @@ def sample_adaptor_choice(cfg, n, kimg, device):
         probabilities = torch.tensor([1 - share, 0, 0, share])
     return torch.multinomial(probabilities, n, replacement=True).to(device)
 
-
 def evaluation_level(cfg):
     """The candidate that is looked at outside training: the last, unless that is never trained."""
     return 0 if cfg.depth_adaptor == "never" else 3
-
 
 class Generator(nn.Module):
     """z and class -> w -> tri-planes -> image and depth from a camera.
@@ -1206,10 +1139,8 @@ class Generator(nn.Module):
             return self.camera_generator(prior, z, c)
         return prior if self.cfg.camera == "prior" else frontal_camera(self.cfg, len(z), z.device)
 
-
 def autocast(cfg, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
-
 
 def synthesize(G, z, c, prior, choice, patch=None):
     """One pass from z to what the discriminator sees (paper figure 2).
@@ -1247,7 +1178,6 @@ class PatchEncoder(nn.Module):
         embedded = self.const_embed(x.round().long().clamp(0, 1000))                  # (B, 3, 256)
         return torch.cat([phase.sin(), phase.cos(), embedded], -1).flatten(1)
 
-
 class DiscriminatorBlock(nn.Module):
     """Residual block; the second convolution's input is modulated by the patch. down=1 keeps the resolution."""
 
@@ -1266,7 +1196,6 @@ class DiscriminatorBlock(nn.Module):
         y = y * (1 + self.conv1.affine(h).tanh())[:, :, None, None].to(y.dtype)
         return self.skip(x) + self.conv1(y)
 
-
 def minibatch_std(x):
     """Append the mean standard deviation over groups of consecutive images. (B, C, H, W) -> (B, C+1, H, W)"""
     B, C, H, W = x.shape
@@ -1274,7 +1203,6 @@ def minibatch_std(x):
     std = (group.var(dim=1, unbiased=False) + 1e-8).sqrt().mean(dim=(1, 2, 3))         # (B / 4,)
     std = std.repeat_interleave(group.shape[1]).view(B, 1, 1, 1).expand(-1, 1, H, W)
     return torch.cat([x, std], 1)
-
 
 class DiscriminatorEpilogue(nn.Module):
     """4x4 features -> score vector, and the prediction of the teacher's features."""
@@ -1290,7 +1218,6 @@ class DiscriminatorEpilogue(nn.Module):
     def forward(self, x):  # (B, C, 4, 4) -> (B, C), (B, teacher_dim) or None
         x = self.conv(minibatch_std(x)).flatten(1)
         return self.out(self.fc(x)), self.feat_out(x) if self.feat_out is not None else None
-
 
 class Discriminator(nn.Module):
     """StyleGAN2's residual discriminator on patches, as wide as one for whole images: its first blocks keep size."""
@@ -1324,7 +1251,6 @@ class Discriminator(nn.Module):
             x, features = self.b4(x.to(code.dtype))
             m = self.head_mapping(None, code)
             return (x * m).sum(1) / math.sqrt(m.shape[1]), features
-
 
 class Teacher(nn.Module):
     """A frozen timm classifier's pooled features of whole images in [-1, 1]. (B, 3, H, W) -> (B, teacher_dim)"""
@@ -1376,16 +1302,13 @@ def blur(image, sigma):
     image = F.conv2d(image, taps[:, :, None], padding=(0, radius), groups=image.shape[1])
     return F.conv2d(image, taps[:, :, :, None], padding=(radius, 0), groups=image.shape[1])
 
-
 def r1_penalty(score, image):
     """Squared norm of the score's gradient with respect to the image (Mescheder et al. 2018). -> (B,)"""
     return torch.autograd.grad(score.sum(), image, create_graph=True)[0].square().sum((1, 2, 3))
 
-
 def distillation_distance(predicted, target):
     """L2 distance of predicted and teacher features (paper section 3.4). (B, F), (B, F) -> (B,)"""
     return (predicted - target).norm(dim=1)
-
 
 def draw_latents(cfg, n, labels):
     """n draws of z ~ N(0, I), a class by the frequencies in the data's labels (N,), and a prior camera."""
@@ -1393,7 +1316,6 @@ def draw_latents(cfg, n, labels):
     z = torch.randn(n, cfg.z_dim, device=device)
     c = labels[torch.randint(max(len(labels), 1), (n,), device=device)] if cfg.num_classes else z.new_zeros(n).long()
     return z, c, sample_camera_prior(cfg, n, device)
-
 
 def camera_regularizer(G, labels, kimg):
     """What keeps the camera posterior from collapsing (paper section 3.2) -> loss, {name: (6,) or scalar} to log
@@ -1444,7 +1366,6 @@ class Moments:
             out[name] = mean, (total[1:, 1:] - n * torch.outer(mean, mean)) / (n - 1)
         return out
 
-
 def frechet_distance(a, b):
     """Frechet distance of two Gaussians, each (mean (F,), covariance (F, F)) in float64; nan if one is not finite."""
     (mean_a, cov_a), (mean_b, cov_b) = a, b
@@ -1455,18 +1376,15 @@ def frechet_distance(a, b):
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()    # trace of the root of cov_a cov_b
     return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
 
-
 def non_flatness_score(depth, near, far, bins=64):
     """exp of the entropy of each depth map's histogram: 1 is a flat wall (paper section 4). (B, ...) -> (B,)"""
     index = ((depth.flatten(1).clamp(near, far) - near) / (far - near) * bins).long().clamp(max=bins - 1)
     p = F.one_hot(index, bins).double().mean(1)
     return torch.special.entr(p).sum(1).exp()
 
-
 def wasserstein_1d(a, b):
     """First Wasserstein distance of two sets of scalars of equal size, per column. (n, K), (n, K) -> (K,)"""
     return (a.sort(0).values - b.sort(0).values).abs().mean(0)
-
 
 def distance_features(image, teacher):
     """What distances are measured on: 8x8 area averages of all channels (where things are, their colour and depth) and
@@ -1478,12 +1396,10 @@ def distance_features(image, teacher):
         out["teacher"] = teacher(image[:, :3].clamp(-1, 1))
     return out
 
-
 def load_items(data, indices, device):
     """Items of the data as one batch on the device, with `real` (B, 3 or 4, R, R) in [-1, 1]."""
     batch = collate([data[i] for i in indices])
     return {**batch, "real": real_images(batch, device)}
-
 
 @torch.no_grad()
 def evaluate(G, data, teacher, labels, rank, world, cache):
@@ -1518,7 +1434,6 @@ def evaluate(G, data, teacher, labels, rank, world, cache):
     out["depth_entropy"] = float(fake["entropy"][0])   # the non-flatness score, but from cameras of the posterior
     return {**out, **evaluate_truth(G, data, labels)} if isinstance(data, ShapesData) else out
 
-
 @torch.no_grad()
 def evaluate_truth(G, data, labels, n=1024):
     """Where the truth is known: per camera parameter, the distance of posterior and prior to the true cameras; and the
@@ -1539,7 +1454,6 @@ def evaluate_truth(G, data, labels, n=1024):
         out.update(depth_error_raw=float(error[0]), depth_error_adapted=float(error[evaluation_level(G.cfg)]))
     return out
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Training
 
@@ -1556,7 +1470,6 @@ def atomic(path):
     finally:
         tmp.unlink(missing_ok=True)
 
-
 def load_tensors(path, flag):
     """torch.load that runs no code, with one clear line when it fails."""
     try:
@@ -1566,13 +1479,11 @@ def load_tensors(path, flag):
         reason = "no such file" if missing else f"not a readable file of tensors ({type(e).__name__})"
         raise UserError(f"{flag} {path}: {reason}") from None
 
-
 def seed_draws(seed, step, phase, micro):
     """All random draws that follow are a function of these four: a run can be resumed, and split over any number of
     processes that use the same batch_gpu, without changing them."""
     entropy = [seed, step + 1, int.from_bytes(phase.encode(), "little"), micro]
     torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1))
-
 
 def mean_over_processes(t):
     """The mean of a tensor over all processes, in place."""
@@ -1580,7 +1491,6 @@ def mean_over_processes(t):
         dist.all_reduce(t)
         t /= dist.get_world_size()
     return t
-
 
 def average_gradients(module):
     """Mean of the gradients over processes (data parallel), then non-finite ones replaced. -> how many were not finite
@@ -1595,7 +1505,6 @@ def average_gradients(module):
     for p, g in zip(params, flat.split([p.numel() for p in params])):
         p.grad = g.view_as(p)
     return bad
-
 
 class Averages:
     """Running means of what is logged, over steps and processes. Every process must add the same names."""
@@ -1616,7 +1525,6 @@ class Averages:
             n = mean.numel()
             out[name], flat = (flat[0] if mean.ndim == 0 else flat[:n]), flat[n:]
         return out
-
 
 def generator_step(G, D, opt_g, labels, patches, first_micro, micro, step, kimg, stats):
     """One update of G. -> the fakes it made, for the discriminator's step: one pass of the generator serves both."""
@@ -1654,7 +1562,6 @@ def generator_step(G, D, opt_g, labels, patches, first_micro, micro, step, kimg,
     stats.add(nonfinite_g=bad)
     return fakes
 
-
 def discriminator_step(D, cfg, opt_d, teacher, real, labels, fakes, patches, scale_mean, step, kimg, stats):
     """One update of D: real and fake scores, distillation on the whole real image, R1 every r1_interval steps."""
     now = schedules(cfg, kimg)
@@ -1688,7 +1595,6 @@ def discriminator_step(D, cfg, opt_d, teacher, real, labels, fakes, patches, sca
     opt_d.step()
     stats.add(nonfinite_d=bad)
 
-
 @torch.no_grad()
 def update_ema(ema, G, batch_size, kimg, cfg):
     half_life = min(cfg.ema_kimg, kimg * cfg.ema_rampup) * 1000
@@ -1697,21 +1603,17 @@ def update_ema(ema, G, batch_size, kimg, cfg):
     for e, b in zip(ema.buffers(), G.buffers()):
         e.copy_(b)
 
-
 def adam(params, lr, interval=None):
     """Adam with betas (0, 0.99); lr and betas corrected for a regulariser computed every `interval` steps."""
     ratio = interval / (interval + 1) if interval else 1.0
     return torch.optim.Adam(params, lr=lr * ratio, betas=(0.0, 0.99 ** ratio), eps=1e-8)
 
-
 # On resuming, these options may be set anew; all others are the checkpoint's.
 FREE_ON_RESUME = {"out", "resume", "device", "workers", "kimg", "snapshot_kimg", "log_kimg", "eval_images", "precision",
                   "teacher_weights", "batch_gpu", "data", "fused"}
 
-
 def run_file(out, kind, images, suffix):
     return Path(out) / f"{kind}-{images / 1000:010.3f}.{suffix}"
-
 
 def save_checkpoint(out, cfg, state, modules):
     """A dict of plain tensors and numbers. Random states need no place in it: see seed_draws."""
@@ -1722,9 +1624,7 @@ def save_checkpoint(out, cfg, state, modules):
         except RuntimeError as e:  # how torch reports a full disk
             raise OSError(str(e).splitlines()[0]) from None
 
-
 STATE = {"config", "step", "images", "seconds", "G", "D", "G_ema", "opt_g", "opt_d"}
-
 
 def load_checkpoint(path):
     state = load_tensors(path, "--resume")
@@ -1732,12 +1632,10 @@ def load_checkpoint(path):
         raise UserError(f"--resume {path}: not a checkpoint of this program")
     return state
 
-
 def distributed():
     """-> rank, processes, and the rank on this machine, as torchrun says."""
     env = os.environ
     return int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1)), int(env.get("LOCAL_RANK", 0))
-
 
 def validate(cfg, world):
     """Everything about a configuration that can be wrong, before anything is built."""
@@ -1773,7 +1671,6 @@ def validate(cfg, world):
           f": a pass has {micro} images, but must have a multiple of {MBSTD_GROUP} (mini-batch standard deviation)")
     check(share % micro == 0, f"--batch-gpu {cfg.batch_gpu}: does not divide a process's share of {share} images")
 
-
 def choose_device(cfg, local_rank):
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no GPU that this PyTorch can use; install a CUDA build or leave --device out")
@@ -1787,11 +1684,9 @@ def choose_device(cfg, local_rank):
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
     return torch.device("cuda", local_rank)
 
-
 def any_process(flag, device):
     """Whether the flag is set in any process."""
     return bool(mean_over_processes(torch.tensor(float(flag), device=device)))
-
 
 def train(cfg, resumed=None):
     """The whole run. `resumed`: the state of a checkpoint to go on from."""
@@ -1936,7 +1831,6 @@ def train(cfg, resumed=None):
     if world > 1:
         dist.destroy_process_group()
 
-
 def logged_kimg(line):
     """Of a line of log.jsonl; infinite for one that a crash cut short."""
     try:
@@ -1944,12 +1838,10 @@ def logged_kimg(line):
     except (ValueError, KeyError, TypeError):
         return math.inf
 
-
 def ignore_signals(_):
     """In data workers: the training process decides when to stop."""
     for s in (signal.SIGINT, signal.SIGTERM):
         signal.signal(s, signal.SIG_IGN)
-
 
 def memory(device, reset=False):
     """Bytes of the GPU, or resident, that this process holds, and the most since a reset. nan where unknown."""
@@ -1966,7 +1858,6 @@ def memory(device, reset=False):
     except (OSError, AttributeError, IndexError):
         return math.nan, math.nan
 
-
 def check_readable(bad_names, images, cfg):
     """Share the names of unreadable images and name each once; stop if more than 1% of the first 1000 are bad."""
     known = {name for name, said in bad_names.items() if said}
@@ -1982,7 +1873,6 @@ def check_readable(bad_names, images, cfg):
         if distributed()[0] == 0:
             tqdm.write(f"skipped, unreadable: {name}", file=sys.stderr)
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Sampling: pictures
 
@@ -1993,7 +1883,6 @@ def to_picture(rgb, depth=None, near=None, far=None):
         x = torch.cat([x, ((depth - near) / max(far - near, 1e-6)).clamp(0, 1).expand(3, -1, -1)], 1)
     return (x * 255).round().byte().permute(1, 2, 0).cpu().numpy()
 
-
 def write_grid(cells, columns, path, at_least=96):
     """A PNG of equal pictures (H, W, 3), row by row; small ones are enlarged without smoothing: pixels stay visible."""
     rows_ = [np.concatenate(cells[i:i + columns], 1) for i in range(0, len(cells) - columns + 1, columns)]
@@ -2001,7 +1890,6 @@ def write_grid(cells, columns, path, at_least=96):
     zoom = -(-at_least // cells[0].shape[1])
     with atomic(path) as tmp:
         image.resize((image.width * zoom, image.height * zoom), PIL.Image.NEAREST).save(tmp, "PNG")
-
 
 def grid_indices(labels, n):
     """n indices of samples, going round the classes."""
@@ -2011,11 +1899,9 @@ def grid_indices(labels, n):
     by_class = [np.flatnonzero(labels == c) for c in classes[:n]]
     return [int(by_class[i % len(by_class)][i // len(by_class) % len(by_class[i % len(by_class)])]) for i in range(n)]
 
-
 def write_reals(data, path):
     real = load_items(data, [i % len(data) for i in grid_indices(data.labels, 32)], "cpu")["real"]
     write_grid([to_picture(x[:3], x[3:] if len(x) == 4 else None, -1, 1) for x in real], 16, path)
-
 
 @torch.no_grad()
 def write_samples(G, labels, path, scenes=16, views=4):
@@ -2094,7 +1980,6 @@ def bench_triplane(cfg, device):
     return {"shape": f"{B} images x {R * R * S:,} points, C = {C}, T = {T}", "rows": rows,
             "copy GB/s": 2 * a.nbytes / float(np.median(copies)) / 1e9}
 
-
 def bench(cfg):
     if cfg.repeats < 1:
         raise UserError(f"--repeats {cfg.repeats}: must be positive")
@@ -2117,9 +2002,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message}; --help shows all options")
 
-
 MODES = {"train": Config, "bench": BenchConfig}   # each mode's options
-
 
 def parse_arguments(argv):
     """-> mode, {field: value} of the options given. The first word may be a mode; train is the default."""
@@ -2149,7 +2032,6 @@ def parse_arguments(argv):
     given = vars(parser.parse_args(argv))
     return mode, {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
 
-
 def make_config(given):
     """Defaults, then the size's preset, then the data's, then what was given."""
     data = DATA_PRESETS.get(given.get("data", "shapes"), {})
@@ -2159,10 +2041,8 @@ def make_config(given):
         values["teacher"] = "tf_efficientnet_lite0"
     return Config(**values)
 
-
 def holds_run(folder):
     return any((Path(folder) / name).exists() for name in ("config.json", "log.jsonl"))
-
 
 def run_folders(data):
     """-> the folders runs/<data>, runs/<data>-2, ... that hold a run, oldest first; and the next free one"""
@@ -2172,7 +2052,6 @@ def run_folders(data):
         if not holds_run(path):
             return found, path
         found.append(path)
-
 
 def resolve(given):
     """-> Config, and the state to resume from or None. Decides the run folder; refuses to write over another run."""
@@ -2205,7 +2084,6 @@ def resolve(given):
     free_fields = {k: v for k, v in given.items() if k in FREE_ON_RESUME}
     return dataclasses.replace(saved, **{**free_fields, "out": str(out), "resume": str(path)}), state
 
-
 def main(argv=None):
     try:
         mode, given = parse_arguments(argv)
@@ -2220,7 +2098,6 @@ def main(argv=None):
     except KeyboardInterrupt:   # before there was anything to save
         return 130
     return 0
-
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -229,6 +229,9 @@ class ImageData:
                 files = [i.filename for i in z.infolist() if not i.is_dir()]
         else:
             raise UserError(f"--data {source}: neither a folder nor a zip file")
+        unsafe = [f for f in files if Path(f).is_absolute() or ".." in Path(f).parts]
+        if unsafe:
+            raise UserError(f"--data {source}: a member leads out of the archive: {unsafe[0]}")
         names = sorted(f for f in files if Path(f).suffix.lower() in IMAGE_SUFFIXES
                        and not any(part.startswith((".", "__MACOSX")) for part in Path(f).parts))
         depths = {f for f in names if f.endswith("_depth.png")}
@@ -645,8 +648,8 @@ def call_custom_ops(planes, points, box, decoder, *rest):
     if not (planes.dtype in dtypes and three == 3 and T == width and points.shape == (B, N, 3) and len(decoder) in (
             0, (16 + 5) * 64 + 4, (32 + 5) * 64 + 4) and (C <= 32 or not len(decoder)) and all(
             t is None or t.dtype == real and t.device == planes.device for t in (points, decoder, *rest))):
-        raise ValueError("triplane: needs planes (B, 3, C, T, T), points (B, N, 3), a decoder that is empty or packed "
-                         "(C at most 32), on one device; planes float32 or bfloat16, the others float32; or all float64")
+        raise ValueError("triplane: needs planes (B, 3, C, T, T), points (B, N, 3), a decoder, empty or packed (C at most "
+                         "32), on one device; planes float32 or bfloat16, the others float32; or all float64")
     size = [B, N, C, T, *(planes.stride(i) for i in (0, 1, 3, 4))]
     pointers = [None if t is None or t.numel() == 0 else t.data_ptr() for t in (planes, points, decoder, *rest)]
     with torch.cuda.device(planes.device) if planes.is_cuda else contextlib.nullcontext():
@@ -661,8 +664,8 @@ def channels_last(planes):
 def triplane(planes: torch.Tensor, points: torch.Tensor, box: float, decoder: torch.Tensor) -> torch.Tensor:
     """`sample_triplane`, or with `TriplaneDecoder.packed()` for a decoder what that makes of the features: (B, N, 4).
 
-    Planes may be float32 or bfloat16, and float64 on a CPU; fast if their channels are adjacent (`channels_last`). Points
-    and decoder are float32 (float64 with float64). An empty decoder is none. Gradients to all three.
+    Planes may be float32 or bfloat16, and float64 on a CPU; fast if their channels are adjacent (`channels_last`).
+    Points and decoder are float32 (float64 with float64). An empty decoder is none. Gradients to all three.
     """
     planes = planes if planes.stride(2) == 1 else channels_last(planes)
     out = points.new_empty(*points.shape[:2], 4 if len(decoder) else planes.shape[2])
@@ -1989,8 +1992,8 @@ def bench(cfg):
     if cfg.json:
         print(json.dumps(result).replace("NaN", "null"))
         return
-    print(f"{name}, PyTorch {torch.__version__}; {result['shape']}; median of {cfg.repeats}\nextra: beyond inputs, result "
-          f"and gradients; GB/s: what the lookups touch, where a copy reads and writes {result['copy GB/s']:.0f}")
+    print(f"{name}, PyTorch {torch.__version__}; {result['shape']}; median of {cfg.repeats}\nextra: beyond inputs, "
+          f"result and gradients; GB/s: what lookups touch, where a copy reads and writes {result['copy GB/s']:.0f}")
     for row in ({k: k for k in result["rows"][0]}, *result["rows"]):
         print("".join(f"{f'{v:.4g}' if isinstance(v, float) else v:>{20 if k == 'what' else 13}}".replace("nan", "   ")
                       for k, v in row.items()))

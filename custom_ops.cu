@@ -9,8 +9,8 @@
 // run of C numbers, which neighbouring threads (GPU) or vector lanes (CPU) read together, and nothing but the result is
 // written. The backward computes features and hidden units again, which costs less than to store and read them.
 //
-// 3dgp.py checks, allocates and calls by plain C pointers: without a header of PyTorch this compiles in seconds. Sums are
-// float32 whatever the planes are (float64 for float64, which is for tests).
+// 3dgp.py checks, allocates and calls by plain C pointers: without a header of PyTorch this compiles in seconds.
+// Sums are float32 whatever the planes are (float64 for float64, which is for tests).
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -83,8 +83,8 @@ template <class S, class A> SHARED Place<A> locate(const Query<S, A>& q, const A
   return place;
 }
 
-// Corner i of a point's twelve, four in each plane (xy, xz, yz; the first axis runs along a row): its pixel, its weight (a
-// third of the bilinear one, for the mean) and the weight's slopes along both axes. Beyond the edge planes are zero.
+// Corner i of a point's twelve, four in each plane (xy, xz, yz; the first axis runs along a row): its pixel, its weight
+// (a third of the bilinear one, for the mean) and the weight's slopes along both axes. Beyond the edge planes are zero.
 template <class A> struct Corner {
   int plane, axis_u, axis_v, x, y;
   A weight, du, dv;
@@ -102,8 +102,8 @@ template <class A> SHARED Corner<A> corner(const Place<A>& place, int i, int T) 
           x >= 0 && y >= 0 && x < T && y < T};
 }
 
-// x: the channels [c, c + V) at a corner. A GPU makes the load itself conditional and does not branch around its use: so
-// the loads of all twelve corners are under way at once.
+// x: the channels [c, c + V) at a corner. A GPU makes the load itself conditional and does not branch around its use:
+// so the loads of all twelve corners are under way at once.
 #ifdef __CUDA_ARCH__
 template <int V, class S> __device__ Pack<S, V> load(const S* from, bool inside) {
   if constexpr (V == 1) return {inside ? *from : S{}};
@@ -204,7 +204,7 @@ constexpr int THREADS = 128, WIDTH = 32, ROW = WIDTH + 4;
 typedef Decoder<float, WIDTH> Weights;
 
 __device__ void copy(const float* from, Weights& to) {   // into shared memory
-  for (int i = threadIdx.x; i < int(sizeof to / sizeof(float)); i += THREADS) reinterpret_cast<float*>(&to)[i] = from[i];
+  for (int i = threadIdx.x; i < int(sizeof to) / 4; i += THREADS) reinterpret_cast<float*>(&to)[i] = from[i];
 }
 
 template <int V, int TILE, class S>
@@ -475,17 +475,18 @@ template <class S, class A> const char* run(const Query<S, A>& q, int64_t contex
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The interface. dtype of the planes: 0 float32, 1 bfloat16, 2 float64 (CPU); everything else is float32, or float64
-// with it. size: B, N, C, T, then the planes' strides over images, planes, rows, pixels. tensors: planes, points, decoder,
-// out, grad, grad_planes (B, 3, T, T, C) without gaps, grad_points, grad_decoder; null where there is none. The gradient of
-// b2, a plain sum, is left to the caller. context: the CUDA stream, or the number of threads. -> null, or what is wrong.
+// with it. size: B, N, C, T, then the planes' strides over images, planes, rows, pixels. tensors: planes, points,
+// decoder, out, grad, grad_planes (B, 3, T, T, C) without gaps, grad_points, grad_decoder; null where there is none.
+// The gradient of b2, a plain sum, is left to the caller. context: the CUDA stream, or the number of threads. Returns
+// null, or what is wrong.
 
 template <class S, class A> const char* call(const int64_t* n, void* const* t, double box, int64_t context) {
   const int64_t C = n[2], T = n[3];
   const auto a = [t](int i) { return static_cast<A*>(t[i]); };
   if (n[0] == 0 || n[1] == 0) return nullptr;
   return run(Query<S, A>{n[0], n[1], int(C), int(T), {static_cast<S*>(t[0]), n[4], n[5], n[6], n[7]}, a(1),
-                         A((T - 1) / (2 * box)), a(2), a(3), a(4), {a(5), 3 * T * T * C, T * T * C, T * C, C}, a(6), a(7)},
-             context);
+                         A((T - 1) / (2 * box)), a(2), a(3), a(4), {a(5), 3 * T * T * C, T * T * C, T * C, C}, a(6),
+                         a(7)}, context);
 }
 
 extern "C" const char* triplane(int dtype, const int64_t* size, void* const* tensors, double box, int64_t context) {

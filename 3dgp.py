@@ -32,6 +32,7 @@ import time
 import typing
 import warnings
 import zipfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,6 +48,9 @@ from tqdm import tqdm
 
 class UserError(Exception):
     """A mistake the user can mend. `main` prints it as one line and exits with status 2."""
+
+class MissingDepth(UserError):
+    """A data set of photographs alone."""
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config: one dataclass is the command line, its help and the record in config.json
@@ -69,7 +73,8 @@ class Config:
     device: str = opt("auto", "auto takes the GPU if there is one", "auto", "cuda", "cpu")
     workers: int = opt(4, "data loading processes per training process (0: load in the training process)")
     mirror: bool = opt(True, "horizontal flips double the data")
-    depth: str = opt("auto", "auto: files beside the images; none: train on RGB alone", "auto", "none")
+    depth: str = opt("auto", "auto: files beside the images, or LeReS; none: train on RGB alone", "auto", "none")
+    depth_weights: str = opt("", "LeReS checkpoint for photographs without depth (empty: downloaded once)")
     depth_distortion: float = opt(1.0, "shapes only: how wrong the 'estimated' depth is (0: a copy of the true depth)")
     # sizes (the first two are set from the data and the teacher)
     num_classes: int = opt(0, "number of classes (0: none)")
@@ -207,6 +212,16 @@ def crop_resize(image, resolution, filter):
     left, top = (image.width - side) / 2, (image.height - side) / 2
     return image.resize((resolution, resolution), filter, box=(left, top, left + side, top + side))
 
+def read_depth(png):
+    """Depth from the bytes of a PNG of any bit depth. -> float32 (H, W)"""
+    wide = png[:8] == b"\x89PNG\r\n\x1a\n" and png[24:26] == b"\x10\x04"
+    if wide:    # 16-bit gray and alpha, which PIL cuts to 8: declared 8-bit RGBA, the same bytes come out whole
+        header = png[12:24] + b"\x08\x06" + png[26:29]
+        png = png[:12] + header + zlib.crc32(header).to_bytes(4, "big") + png[33:]
+    with PIL.Image.open(io.BytesIO(png)) as f:
+        d = np.asarray(f if len(f.getbands()) == 1 or wide else f.getchannel(0)).astype(np.float32)
+    return d[..., 0] * 256 + d[..., 1] if wide else d
+
 class ImageData:
     """Images of a folder or zip: flat, or one folder per class, or with dataset.json; depth in `<name>_depth.png`.
 
@@ -232,6 +247,7 @@ class ImageData:
         unsafe = [f for f in files if Path(f).is_absolute() or ".." in Path(f).parts]
         if unsafe:
             raise UserError(f"--data {source}: a member leads out of the archive: {unsafe[0]}")
+        files = set(files) - ({"depth.png"} if "dataset.json" in files else set())   # lereS_depth.py's contact sheet
         names = sorted(f for f in files if Path(f).suffix.lower() in IMAGE_SUFFIXES
                        and not any(part.startswith((".", "__MACOSX")) for part in Path(f).parts))
         depths = {f for f in names if f.endswith("_depth.png")}
@@ -241,36 +257,43 @@ class ImageData:
         if self.use_depth:
             missing = [f for f in self.names if self.depth_name(f) not in depths]
             if missing:
-                raise UserError(f"--data {source}: {len(missing)} of {len(self.names)} images have no depth, the first "
-                                f"is {missing[0]} (its depth would be {Path(self.depth_name(missing[0])).name}); write "
-                                "there what any depth estimator says, or train on RGB alone with --depth none")
-        self.labels = self.read_labels("dataset.json" in files)
+                kind = UserError if len(missing) < len(self.names) else MissingDepth
+                raise kind(f"--data {source}: {len(missing)} of {len(self.names)} images have no depth, the first is "
+                           f"{missing[0]} (its depth would be {Path(self.depth_name(missing[0])).name}); prepare the "
+                           "photographs with lereS_depth.py, or train on RGB alone with --depth none")
+        self.labels = self.read_labels(files)
         self.num_classes = int(self.labels.max()) + 1 if len(self.labels) else 0
 
     @staticmethod
     def depth_name(name):
         return str(Path(name).with_suffix("")) + "_depth.png"
 
-    def read_labels(self, has_json):
-        """Class of every image, from dataset.json or the first-level folders. -> int64 (N,), empty without classes"""
-        if has_json:
+    def read_labels(self, files):
+        """Class of every image, from dataset.json or the first-level folders. -> int64 (N,), empty without classes
+
+        Folders that hold everything, as archives often have at their top, do not count.
+        """
+        top = os.path.commonpath([os.path.dirname(f) for f in self.names])
+        listing = next((f for f in ("dataset.json", os.path.join(top, "dataset.json")) if f in files), None)
+        if listing:
             try:
-                listed = json.loads(self.read("dataset.json"))["labels"]
-                table = {str(name): int(label) for name, label in listed} if listed else None
+                listed = json.loads(self.read(listing))["labels"]
+                table = {os.path.join(os.path.dirname(listing), name): int(label) for name, label in listed or []}
                 if table and not 0 <= min(table.values()) <= max(table.values()) < 100_000:
                     raise ValueError("classes must be numbers from 0 to 99,999")
             except (ValueError, KeyError, TypeError, OverflowError, RecursionError, zipfile.BadZipFile) as e:
                 raise UserError(f'--data {self.source}: dataset.json is not of the form {{"labels": [["file", class], '
                                 f'...]}} ({e})') from None
         else:
-            folders = sorted({Path(f).parts[0] for f in self.names if len(Path(f).parts) > 1})
-            table = {f: folders.index(Path(f).parts[0]) for f in self.names if len(Path(f).parts) > 1}
+            parts = {f: Path(f).relative_to(top).parts for f in self.names}
+            folders = sorted({p[0] for p in parts.values() if len(p) > 1})
+            table = {f: folders.index(p[0]) for f, p in parts.items() if len(p) > 1}
         if not table:
             return np.zeros(0, np.int64)
         unlabelled = [f for f in self.names if f not in table]
         if unlabelled:
             raise UserError(f"--data {self.source}: no label for {len(unlabelled)} images, the first is {unlabelled[0]}"
-                            f" ({'name it in dataset.json' if has_json else 'move it into the folder of its class'})")
+                            f" ({'name it in dataset.json' if listing else 'move it into the folder of its class'})")
         return np.array([table[f] for f in self.names], np.int64)
 
     def read(self, name):
@@ -292,9 +315,7 @@ class ImageData:
             image = np.asarray(crop_resize(to_rgb(f), self.resolution, PIL.Image.LANCZOS))
         item = dict(image=torch.from_numpy(image.transpose(2, 0, 1).copy()))
         if self.use_depth:
-            with PIL.Image.open(io.BytesIO(self.read(self.depth_name(self.names[i])))) as f:
-                band = f.getchannel(0) if len(f.getbands()) > 1 else f
-                d = PIL.Image.fromarray(np.asarray(band).astype(np.float32))
+            d = PIL.Image.fromarray(read_depth(self.read(self.depth_name(self.names[i]))))
             d = np.asarray(crop_resize(d, self.resolution, PIL.Image.BILINEAR))
             if not np.isfinite(d).all():
                 raise ValueError("depth is not finite")
@@ -433,19 +454,23 @@ class ShapesData:
         return 2 * (d - d.min()) / max(d.max() - d.min(), 1e-6) - 1
 
 def open_data(cfg):
-    """The data set that cfg.data names."""
+    """The data set that cfg.data names. Photographs without depth are prepared first."""
     if cfg.data == "shapes":
         return ShapesData(cfg)
+    root, source = Path(os.environ.get("DATA_DIR", "data")), Path(cfg.data)
     if cfg.data in DATA_PRESETS:
-        root = Path(os.environ.get("DATA_DIR", "data"))
-        for source in (root / cfg.data, root / f"{cfg.data}.zip"):
-            if source.exists():
-                return ImageData(cfg, source)
-        raise UserError(f"--data {cfg.data}: neither {root / cfg.data} nor {cfg.data}.zip beside it exists; put it "
-                        "there, or set DATA_DIR, or give a path")
-    if not Path(cfg.data).exists():
+        source = next((s for s in (root / cfg.data, root / f"{cfg.data}.zip") if s.exists()), None)
+        if source is None:
+            raise UserError(f"--data {cfg.data}: neither {root / cfg.data} nor {cfg.data}.zip beside it exists; put it "
+                            "there, or set DATA_DIR, or give a path")
+    if not source.exists():
         raise UserError(f"--data {cfg.data}: no such file or folder, nor one of {', '.join(DATA_PRESETS)}")
-    return ImageData(cfg, cfg.data)
+    try:
+        return ImageData(cfg, source)
+    except MissingDepth:
+        sys.modules.setdefault("tdgp", sys.modules[__name__])   # what lereS_depth knows this file as
+        import lereS_depth
+        return ImageData(cfg, lereS_depth.prepare_for_training(cfg, source, root))
 
 def collate(items):
     """Stack what can be stacked; failed items carry only their names."""
@@ -648,8 +673,8 @@ def call_custom_ops(planes, points, box, decoder, *rest):
     if not (planes.dtype in dtypes and three == 3 and T == width and points.shape == (B, N, 3) and len(decoder) in (
             0, (16 + 5) * 64 + 4, (32 + 5) * 64 + 4) and (C <= 32 or not len(decoder)) and all(
             t is None or t.dtype == real and t.device == planes.device for t in (points, decoder, *rest))):
-        raise ValueError("triplane: needs planes (B, 3, C, T, T), points (B, N, 3), a decoder, empty or packed (C at most "
-                         "32), on one device; planes float32 or bfloat16, the others float32; or all float64")
+        raise ValueError("triplane: needs planes (B, 3, C, T, T), points (B, N, 3), a decoder, empty or packed (C at "
+                         "most 32), on one device; planes float32 or bfloat16, the others float32; or all float64")
     size = [B, N, C, T, *(planes.stride(i) for i in (0, 1, 3, 4))]
     pointers = [None if t is None or t.numel() == 0 else t.data_ptr() for t in (planes, points, decoder, *rest)]
     with torch.cuda.device(planes.device) if planes.is_cuda else contextlib.nullcontext():
@@ -1613,7 +1638,7 @@ def adam(params, lr, interval=None):
 
 # On resuming, these options may be set anew; all others are the checkpoint's.
 FREE_ON_RESUME = {"out", "resume", "device", "workers", "kimg", "snapshot_kimg", "log_kimg", "eval_images", "precision",
-                  "teacher_weights", "batch_gpu", "data", "fused"}
+                  "teacher_weights", "depth_weights", "batch_gpu", "data", "fused"}
 
 def run_file(out, kind, images, suffix):
     return Path(out) / f"{kind}-{images / 1000:010.3f}.{suffix}"
@@ -2005,6 +2030,21 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message}; --help shows all options")
 
+def add_options(parser, options):
+    """An argument for every field of a dataclass that is an `opt`."""
+    types = typing.get_type_hints(options)
+    for f in (f for f in dataclasses.fields(options) if f.metadata):
+        flag, type_ = "--" + f.name.replace("_", "-"), types[f.name]
+        shown = " ".join(f"{x:g}" for x in f.default) if isinstance(f.default, tuple) else f.default
+        kind = dict(help=f"{f.metadata['help']} (default: {shown})".replace("%", "%%"))
+        if type_ is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **kind)
+        elif typing.get_origin(type_) is tuple:
+            parser.add_argument(flag, type=float, nargs=len(f.default), metavar="X", **kind)
+        else:
+            parser.add_argument(flag, type=type_, choices=f.metadata["choices"],
+                                metavar=None if f.metadata["choices"] else type_.__name__.upper(), **kind)
+
 MODES = {"train": Config, "bench": BenchConfig}   # each mode's options
 
 def parse_arguments(argv):
@@ -2020,18 +2060,7 @@ def parse_arguments(argv):
         prog=f"3dgp.py {mode}", allow_abbrev=False, argument_default=argparse.SUPPRESS, **training,
         description=f"3DGP: a 3D GAN for any category, from unposed photographs. Options of {mode}; "
         f"modes: {', '.join(MODES)} (--help after a mode shows its own). sample and eval are not there yet.")
-    types = typing.get_type_hints(MODES[mode])
-    for f in dataclasses.fields(MODES[mode]):
-        flag, type_ = "--" + f.name.replace("_", "-"), types[f.name]
-        shown = " ".join(f"{x:g}" for x in f.default) if isinstance(f.default, tuple) else f.default
-        kind = dict(help=f"{f.metadata['help']} (default: {shown})".replace("%", "%%"))
-        if type_ is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **kind)
-        elif typing.get_origin(type_) is tuple:
-            parser.add_argument(flag, type=float, nargs=len(f.default), metavar="X", **kind)
-        else:
-            parser.add_argument(flag, type=type_, choices=f.metadata["choices"],
-                                metavar=None if f.metadata["choices"] else type_.__name__.upper(), **kind)
+    add_options(parser, MODES[mode])
     given = vars(parser.parse_args(argv))
     return mode, {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
 

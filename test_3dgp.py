@@ -4,6 +4,8 @@ Analytic tests need nothing. The reference section compares with the vectors in 
 REFERENCE_VECTORS names, and is skipped without it.
 """
 import dataclasses
+import hashlib
+import http.server
 import importlib.util
 import io
 import json
@@ -14,8 +16,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +34,8 @@ spec = importlib.util.spec_from_file_location("tdgp", SCRIPT)
 m = importlib.util.module_from_spec(spec)
 sys.modules["tdgp"] = m
 spec.loader.exec_module(m)
+sys.path.insert(0, str(HERE))
+import lereS_depth as L  # noqa: E402  (finds m by its name)
 
 # a configuration that takes milliseconds a step
 MICRO = dict(resolution=16, patch_resolution=8, triplane_resolution=16, triplane_features=4, channel_base=256,
@@ -40,40 +46,32 @@ MICRO = dict(resolution=16, patch_resolution=8, triplane_resolution=16, triplane
 def micro(**changes):
     return m.Config(**{**MICRO, "num_classes": 3, **changes})
 
-
 def flags(**options):
     return [x for k, v in options.items() for x in ("--" + k.replace("_", "-"), str(v))]
-
 
 def run_main(capsys, *argv):
     """-> exit status and what was printed to standard error"""
     status = m.main([str(a) for a in argv])
     return status, capsys.readouterr().err
 
-
 def train_micro(out, *argv, **options):
     assert m.main(["--out", str(out), *flags(**{**MICRO, **options}), *argv]) == 0
     return out
 
-
 def checkpoint(out):
     return torch.load(sorted(Path(out).glob("checkpoint-*.pt"))[-1], weights_only=True)
 
-
 def log(out):
     return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-
 
 def flatten(tree, prefix=""):
     if isinstance(tree, dict):
         return {k: v for key, value in tree.items() for k, v in flatten(value, f"{prefix}/{key}").items()}
     return {prefix: tree} if isinstance(tree, torch.Tensor) else {}
 
-
 def camera(n=1, yaw=0.0, pitch=math.pi / 2, fov=30.0, look_at=(0.0, math.pi / 2, 0.0)):
     full = lambda x: torch.full((n,), float(x))
     return m.Camera(full(yaw), full(pitch), full(fov), full(1), torch.tensor(look_at).expand(n, 3))
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Camera, patches
@@ -90,7 +88,6 @@ def test_camera_looks_where_it_should():
     frontal = m.cam2world(camera())[0]
     assert torch.allclose(frontal[:3, 3], torch.tensor([0.0, 0.0, 1.0]), atol=1e-6)   # yaw 0 lies on +z
 
-
 def test_rays_span_the_field_of_view():
     origins, rays = m.camera_rays(camera(fov=40.0), 5)
     rays = rays.view(5, 5, 3)
@@ -99,7 +96,6 @@ def test_rays_span_the_field_of_view():
     assert angle(rays[0, 2], rays[2, 2]) == pytest.approx(20, abs=1e-3)
     assert rays[2, 4, 0] > 0 and rays[0, 2, 1] > 0                               # x right, first row on top
     assert torch.allclose(rays.norm(dim=-1), torch.ones(5, 5))
-
 
 def test_patch_of_render_is_patch_of_full_render():
     cfg = micro()
@@ -112,7 +108,6 @@ def test_patch_of_render_is_patch_of_full_render():
     assert torch.allclose(part[0], full[0, :, 12:29, 8:25], atol=1e-5)           # rows are counted from the top
     assert torch.allclose(part[1], full[1, :, 0:17, 0:17], atol=1e-5)
     assert torch.allclose(part, m.extract_patch(full, patch, 17), atol=1e-5)
-
 
 def test_prior_and_posterior_stay_in_range():
     cfg = micro()
@@ -130,7 +125,6 @@ def test_prior_and_posterior_stay_in_range():
     assert (q >= low - 1e-5).all() and (q <= high + 1e-5).all()
     assert q[:, 1].min() > low[1] and q[:, 1].max() < high[1]
 
-
 def test_patch_statistics():
     cfg = micro(resolution=32)
     torch.manual_seed(0)
@@ -142,7 +136,6 @@ def test_patch_statistics():
         assert (patch.offset >= 0).all() and (patch.offset <= 1 - patch.scale[:, None] + 1e-6).all()
     groups = late.scale.view(-1, 4)
     assert (groups == groups[:, :1]).all() and len(groups[:, 0].unique()) > 900
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Rendering
@@ -170,7 +163,6 @@ def test_lone_opaque_plane_renders_at_its_depth():
     assert (depth.flatten() - expected).abs().max() < 0.5 / 127 / 2 * 1.1          # half a coarse interval
     assert torch.allclose(rgb[0, :, 4, 4], torch.tensor([0.2, -0.4, 0.6]), atol=1e-4)
 
-
 def test_weights_sum_to_one_and_importance_follows_them():
     depths = torch.linspace(0.75, 1.25, 16).expand(5, 16)
     weights = m.ray_weights(torch.randn(5, 16), depths)
@@ -181,7 +173,6 @@ def test_weights_sum_to_one_and_importance_follows_them():
     low, high = (depths[0, 6] + depths[0, 7]) / 2, (depths[0, 7] + depths[0, 8]) / 2
     assert (fine >= low - 1e-3).all() and (fine <= high + 1e-3).all()
 
-
 def test_evaluation_is_deterministic_and_training_is_not():
     cfg = micro()
     G = m.Generator(cfg)
@@ -191,20 +182,17 @@ def test_evaluation_is_deterministic_and_training_is_not():
     G.train()
     assert not torch.equal(G.render(planes, camera(), 8)[0], G.render(planes, camera(), 8)[0])
 
-
 def test_upsampling_is_zero_insertion_and_fir():
     x = torch.randn(2, 3, 5, 7)
     spread = torch.zeros(2, 3, 10, 14)
     spread[:, :, ::2, ::2] = x
     assert torch.allclose(m.upsample(x), m.fir_filter(F.pad(spread, (2, 1, 2, 1)), 0, gain=4), atol=1e-5)
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Fused tri-plane query: custom_ops.cu against PyTorch's own operators
 
 compiles = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
-
 
 def query_inputs(C, T=9, N=70, dtype=torch.float32, device="cpu"):
     """Planes (2, 3, C, T, T) and points inside, outside, and exactly on the border."""
@@ -216,10 +204,8 @@ def query_inputs(C, T=9, N=70, dtype=torch.float32, device="cpu"):
     decoder = m.TriplaneDecoder(C).to(device, real)
     return planes.to(device, dtype).requires_grad_(), points.to(device, real).requires_grad_(), decoder
 
-
 def fused_features(planes, points):
     return m.triplane(planes, points, 0.5, points.new_empty(0))
-
 
 def values_and_gradients(f, *inputs):
     """Of f and of a fixed combination of its values"""
@@ -228,12 +214,10 @@ def values_and_gradients(f, *inputs):
     cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y)
     return [y, *torch.autograd.grad((y * cotangent).sum(), inputs)]
 
-
 def close(a, b, tolerance=1e-5):
     for x, y in zip(a, b, strict=True):
         assert x.shape == y.shape
         assert float((x.double() - y.double()).detach().abs().max()) <= tolerance * max(1.0, float(y.detach().abs().max()))
-
 
 @compiles
 @pytest.mark.parametrize("device", DEVICES)
@@ -252,7 +236,6 @@ def test_fused_query_is_the_plain_one(device, C, N):
     close(values_and_gradients(lambda p, x: fused_features(p.expand(2, -1, -1, -1, -1), x), one, points),
           values_and_gradients(lambda p, x: m.sample_triplane(p.expand(2, -1, -1, -1, -1), x, 0.5), one, points))
 
-
 @compiles
 @pytest.mark.parametrize("device", DEVICES)
 def test_points_out_of_this_world_see_nothing_and_change_nothing(device):
@@ -266,7 +249,6 @@ def test_points_out_of_this_world_see_nothing_and_change_nothing(device):
     close([got[0][:, 20:]], [want[0]])
     assert got[1].isfinite().all()
 
-
 @compiles
 @pytest.mark.parametrize("device", DEVICES)
 def test_fused_query_of_bfloat16_planes_sums_in_float32(device):
@@ -279,7 +261,6 @@ def test_fused_query_of_bfloat16_planes_sums_in_float32(device):
         close([got[0], got[2]], [want[0], want[2]], 1e-6)
         close([got[1]], [want[1]], 2 ** -8)                                                # rounded once, at the end
 
-
 @compiles
 def test_fused_query_against_finite_differences():
     planes, points, decoder = query_inputs(3, T=4, N=8, dtype=torch.float64)
@@ -287,7 +268,6 @@ def test_fused_query_against_finite_differences():
     assert torch.autograd.gradcheck(fused_features, (planes, points))
     assert torch.autograd.gradcheck(lambda p, x, *_: m.query_triplane(p, x, 0.5, decoder, True),
                                     (planes, points, *decoder.parameters()))
-
 
 @compiles
 def test_fused_query_is_a_proper_operator():
@@ -311,7 +291,6 @@ def test_fused_query_is_a_proper_operator():
     empty = values_and_gradients(fused_features, planes, points.detach()[:, :0].requires_grad_())
     assert empty[0].shape == (2, 0, 8) and not empty[1].any()
 
-
 @compiles
 def test_fused_query_does_not_depend_on_the_number_of_threads():
     planes, points, decoder = query_inputs(20, N=3000)
@@ -329,7 +308,6 @@ def test_fused_query_does_not_depend_on_the_number_of_threads():
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
 
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_deterministic_mode_on_a_gpu_says_what_to_do():
     planes, points, _ = query_inputs(8, device="cuda")
@@ -340,7 +318,6 @@ def test_deterministic_mode_on_a_gpu_says_what_to_do():
     finally:
         torch.use_deterministic_algorithms(False)
 
-
 @compiles
 @pytest.mark.parametrize("device", DEVICES)
 def test_offsets_beyond_32_bits(device):
@@ -350,7 +327,6 @@ def test_offsets_beyond_32_bits(device):
     values, points, _ = query_inputs(C, T, dtype=torch.bfloat16, device=device)
     planes.copy_(values.detach())
     close([fused_features(planes, points)], [fused_features(values, points)], 0)
-
 
 @compiles
 def test_training_uses_the_fused_query(monkeypatch):
@@ -366,7 +342,6 @@ def test_training_uses_the_fused_query(monkeypatch):
         assert len(calls) == 4                                                             # two forward, two backward
     close([images[True]], [images[False]])
 
-
 QUERY = f"""
 import importlib.util, sys, torch
 spec = importlib.util.spec_from_file_location("tdgp", {str(SCRIPT)!r})
@@ -379,11 +354,9 @@ z, c, prior = m.draw_latents(G.cfg, 4, torch.zeros(0).long())
 print(m.has_custom_ops("cpu"), m.synthesize(G, z, c, prior, torch.zeros(4).long())[0].square().mean().item())
 """
 
-
 def start_query(cache, **env):
     return subprocess.Popen([sys.executable, "-c", QUERY], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             env={**os.environ, "TORCH_EXTENSIONS_DIR": str(cache), **env})
-
 
 @compiles
 def test_processes_that_start_at_once_build_once_each_and_agree(tmp_path):
@@ -403,7 +376,6 @@ def test_processes_that_start_at_once_build_once_each_and_agree(tmp_path):
         assert out.startswith("False") and abs(float(out.split()[1]) - value) < 1e-5 * value, err
         assert err.count("custom_ops.cu is not used") == 1 and len(err.splitlines()) == 1, err
 
-
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 def test_kernels_compile_for_three_generations_without_warnings_or_spills(tmp_path):
     archs = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in (80, 90, 100)]
@@ -414,7 +386,6 @@ def test_kernels_compile_for_three_generations_without_warnings_or_spills(tmp_pa
     assert "warning" not in log_
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log_)
     assert len(spills) >= 3 * 8 and set(spills) == {("0", "0")}
-
 
 @compiles
 def test_bench_says_what_the_fused_query_saves(capsys):
@@ -428,7 +399,6 @@ def test_bench_says_what_the_fused_query_saves(capsys):
         if plain["extra MB"] is not None:
             assert row["extra MB"] < plain["extra MB"] / 3
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Losses, schedules, metrics
 
@@ -441,7 +411,6 @@ def test_emd_closed_forms():
     best = min(float((a[:5].double() - b[list(p)]).square().mean()) for p in __import__("itertools").permutations(range(5)))
     assert float(m.emd_1d(a[:5].double(), b)) == pytest.approx(best, rel=1e-6)
 
-
 def test_gradient_penalty_is_least_when_the_posterior_follows_the_prior():
     cfg = micro()
     prior = m.sample_camera_prior(cfg, 16, "cpu")
@@ -449,7 +418,6 @@ def test_gradient_penalty_is_least_when_the_posterior_follows_the_prior():
     assert torch.allclose(m.camera_gradient_penalty(identity, prior, None, None), torch.full((6,), 2.0), atol=1e-3)
     shrunk = lambda camera, z, c: camera._replace(yaw=0.01 * camera.yaw)
     assert m.camera_gradient_penalty(shrunk, prior, None, None)[0] > 50
-
 
 def test_r1_double_backward_by_finite_differences():
     cfg = micro(channel_max=4)
@@ -473,14 +441,12 @@ def test_r1_double_backward_by_finite_differences():
             p += 1e-5 * direction
         assert float((gradient * direction).sum().detach()) == pytest.approx((up - down) / 2e-5, rel=1e-4, abs=1e-9)
 
-
 def test_schedules_at_their_ends():
     cfg = m.Config()
     start, end = m.schedules(cfg, 0), m.schedules(cfg, 1e6)
     assert start == dict(blur_sigma=10, density_noise=1, patch_beta=0.001, raw_depth_share=0.25, camera_reg_weight=0, kd_weight=1)
     assert end == dict(blur_sigma=0, density_noise=0, patch_beta=0.8, raw_depth_share=0.1, camera_reg_weight=1, kd_weight=0)
     assert m.schedules(cfg, 5_000)["raw_depth_share"] == pytest.approx(0.175)
-
 
 def test_adaptor_choices_follow_the_schedule():
     torch.manual_seed(0)
@@ -491,7 +457,6 @@ def test_adaptor_choices_follow_the_schedule():
     assert share(micro(depth_adaptor="half"), 0) == pytest.approx([0.5, 0, 0, 0.5], abs=0.02)
     assert share(micro(depth_adaptor="always"), 0) == pytest.approx([0, 0, 0, 1])
 
-
 def test_adaptor_computes_the_chosen_candidates():
     adaptor = m.DepthAdaptor(micro())
     depth = torch.rand(6, 1, 8, 8) * 0.5 + 0.75
@@ -499,19 +464,16 @@ def test_adaptor_computes_the_chosen_candidates():
     got, candidates = adaptor(depth, choice), adaptor.candidates(depth)
     assert all(torch.equal(got[i], candidates[k, i]) for i, k in enumerate(choice))
 
-
 def test_labels_are_drawn_by_their_frequencies():
     torch.manual_seed(0)
     labels = torch.tensor([0] * 700 + [1] * 100 + [2] * 200)
     c = m.draw_latents(micro(), 20_000, labels)[1]
     assert np.bincount(c.numpy()) / 20_000 == pytest.approx([0.7, 0.1, 0.2], abs=0.02)
 
-
 def test_minibatch_std_does_not_mix_groups():
     x = torch.randn(8, 3, 4, 4)
     assert torch.equal(m.minibatch_std(x)[:4], m.minibatch_std(x[:4]))
     assert (m.minibatch_std(x[:1].expand(4, -1, -1, -1))[:, 3] < 1e-3).all()
-
 
 def test_gradients_that_are_not_finite_are_replaced():
     layer = m.Linear(3, 1)
@@ -519,7 +481,6 @@ def test_gradients_that_are_not_finite_are_replaced():
     layer.bias.grad = torch.tensor([0.5])
     assert int(m.average_gradients(layer)) == 3
     assert layer.weight.grad.tolist() == [[0, 1e5, -1e5]] and layer.bias.grad.tolist() == [0.5]
-
 
 def test_frechet_distance_closed_forms():
     cov = torch.diag(torch.tensor([1.0, 4.0, 9.0])).double()
@@ -534,18 +495,15 @@ def test_frechet_distance_closed_forms():
     got_mean, got_cov = moments.result()["x"]
     assert torch.allclose(got_mean.float(), x.mean(0), atol=1e-6) and torch.allclose(got_cov.float(), x.t().cov(), atol=1e-5)
 
-
 def test_non_flatness_ends():
     wall, ramp = torch.full((1, 640), 1.0), torch.linspace(0.75, 1.2499, 6400)[None]
     assert float(m.non_flatness_score(wall, 0.75, 1.25)) == pytest.approx(1)
     assert float(m.non_flatness_score(ramp, 0.75, 1.25)) == pytest.approx(64, rel=1e-3)
 
-
 def test_blur_keeps_constants_inside_and_is_off_at_the_end():
     image = torch.ones(1, 2, 32, 32)
     assert torch.allclose(m.blur(image, 2.0)[:, :, 8:24, 8:24], torch.ones(1, 2, 16, 16), atol=1e-5)
     assert m.blur(image, 0.2) is image
-
 
 def test_teacher_is_the_timm_model(tmp_path):
     import timm
@@ -571,7 +529,6 @@ def test_teacher_is_the_timm_model(tmp_path):
     with pytest.raises(m.UserError, match="no model"):
         m.Teacher("resnet_of_nobody")
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Data
 
@@ -579,7 +536,6 @@ def photo(size=(40, 30), seed=0, mode="RGB"):
     rng = np.random.default_rng(seed)
     image = PIL.Image.fromarray(rng.integers(0, 255, (4, 4, 3), dtype=np.uint8)).resize(size, PIL.Image.BICUBIC)
     return image.convert(mode)
-
 
 def make_folder(root, classes=("cat", "dog"), each=10, depth=False):
     for k, c in enumerate(classes):
@@ -591,10 +547,8 @@ def make_folder(root, classes=("cat", "dog"), each=10, depth=False):
                 PIL.Image.fromarray(ramp).save(root / c / f"{i}_depth.png")
     return root
 
-
 def data_of(source, **changes):
     return m.ImageData(micro(**changes), source)
-
 
 def test_shapes_are_a_function_of_the_index():
     cfg = m.make_config({})
@@ -608,7 +562,6 @@ def test_shapes_are_a_function_of_the_index():
     flipped = m.MirroredData(m.ShapesData(cfg))[5 + 40_000]
     assert torch.equal(flipped["image"], a["image"].flip(-1)) and flipped["camera"][0] == -a["camera"][0]
 
-
 def test_shapes_depth_agrees_with_its_camera():
     """Where the picture shows ground, the true depth and the true camera put the point on the ground."""
     data = m.ShapesData(dataclasses.replace(m.make_config({}), resolution=128))
@@ -618,13 +571,11 @@ def test_shapes_depth_agrees_with_its_camera():
     points = (o + d * item["true_depth"].view(1, -1, 1)).view(128, 128, 3)
     assert (points[-1, :, 1] - data.GROUND).abs().max() < 2e-3                    # the lowest row is ground
 
-
 def test_true_cameras_differ_from_the_prior_and_by_class():
     cameras = m.ShapesData(m.make_config({})).true_cameras(800)
     assert cameras[:, 0].std() == pytest.approx(0.35, abs=0.05)
     fov = [cameras[k::8, 2].mean() for k in range(8)]
     assert all(b - a > 1 for a, b in zip(fov, fov[1:]))
-
 
 def test_folder_layouts(tmp_path):
     data = data_of(make_folder(tmp_path / "a"), depth="none")
@@ -639,7 +590,6 @@ def test_folder_layouts(tmp_path):
             z.write(p, p.relative_to(tmp_path / "a"))
     zipped = data_of(tmp_path / "a.zip", depth="none")
     assert zipped.names == data.names and torch.equal(zipped[3]["image"], data[3]["image"])
-
 
 def test_published_layout(tmp_path):
     root = make_folder(tmp_path / "a", classes=("00000",), each=3, depth=True)
@@ -656,7 +606,6 @@ def test_published_layout(tmp_path):
     (root / "dataset.json").write_text("{")
     with pytest.raises(m.UserError, match="dataset.json"):
         data_of(root)
-
 
 def test_every_mode_is_read(tmp_path):
     photo(mode="CMYK").save(tmp_path / "cmyk.jpg")
@@ -678,7 +627,6 @@ def test_every_mode_is_read(tmp_path):
     upright = m.crop_resize(turned.rotate(-90, expand=True), 16, PIL.Image.LANCZOS)
     assert np.abs(items["turned.jpg"]["image"].numpy().transpose(1, 2, 0).astype(int) - np.asarray(upright)).mean() < 3
 
-
 def test_unreadable_images_are_skipped_and_counted(tmp_path, capsys):
     root = make_folder(tmp_path / "a")
     whole = (root / "cat" / "3.jpg").read_bytes()
@@ -693,7 +641,6 @@ def test_unreadable_images_are_skipped_and_counted(tmp_path, capsys):
     status, err = run_main(capsys, "--data", root, "--depth", "none", "--out", tmp_path / "all", *flags(**MICRO))
     assert status == 2 and "images in a row are unreadable" in err and err.count("\n") == 1
 
-
 def test_too_many_unreadable_images_stop_the_run(tmp_path, capsys):
     root = make_folder(tmp_path / "a", classes=("c",), each=60)
     for i in range(20, 35):
@@ -702,6 +649,207 @@ def test_too_many_unreadable_images_stop_the_run(tmp_path, capsys):
     status, err = run_main(capsys, "--data", root, "--depth", "none", "--out", tmp_path / "o", *flags(**options))
     assert status == 2 and "unreadable; mend" in err.splitlines()[-1]
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Preparation of photographs
+
+class Brightness(torch.nn.Module):
+    """Stands for LeReS where not the network but what is around it is tested."""
+    MEAN, STD, SIZE = (0, 0, 0), (1, 1, 1), 448
+
+    def forward(self, x):
+        return x.mean(1, keepdim=True)
+
+@pytest.fixture
+def weights(tmp_path, monkeypatch):
+    """A file for --weights that yields `Brightness`"""
+    monkeypatch.setattr(L, "load_leres", lambda path: Brightness())
+    (tmp_path / "weights.pth").write_bytes(b"any")
+    return tmp_path / "weights.pth"
+
+def prepare(*argv):
+    return L.main([str(a) for a in argv])
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+def seeded_leres(backbone):
+    """A state dict as the reference vectors draw it"""
+    state = {}
+    for name, v in L.LeReS(backbone).state_dict().items():
+        r = torch.randn(v.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+        kind = "weight4" if v.ndim == 4 else name.rsplit(".", 1)[1]
+        state[name] = {"weight4": lambda: r * math.sqrt(2 / r[0].numel()), "running_var": lambda: 1 + 0.1 * r.abs(),
+                       "running_mean": lambda: 0.1 * r, "weight": lambda: 1 + 0.1 * r, "bias": lambda: 0.05 * r,
+                       "num_batches_tracked": lambda: torch.zeros_like(v)}[kind]()
+    return state
+
+def test_photographs_to_training_with_a_checkpoint_of_the_released_format(tmp_path, capsys):
+    root, file = make_folder(tmp_path / "photos", each=4), tmp_path / "res50.pth"
+    state = {"module." + k: v for k, v in seeded_leres("resnet50").items()}
+    torch.save({"depth_model": state}, file)
+    assert prepare(root, tmp_path / "out", "--resolution", 16, "--weights", file, "--batch", 4) == 0
+    out = contents(tmp_path / "out")
+    assert json.loads(out["dataset.json"])["labels"] == [[f"{c}/{i}.png", k] for k, c in enumerate(("cat", "dog"))
+                                                         for i in range(4)]
+    assert out["skipped.txt"] == b"" and {"depth.png", "dog/3.png", "dog/3_depth.png"} <= set(out) and len(out) == 20
+    with PIL.Image.open(tmp_path / "out/cat/0_depth.png") as f:
+        depth = np.asarray(f)
+    assert depth.dtype == np.uint16 and (depth.min(), depth.max(), depth.shape) == (0, 65535, (16, 16))
+    train_micro(tmp_path / "run", "--data", str(tmp_path / "out"), kimg=0.016)
+    assert prepare(root, tmp_path / "out", "--weights", file) == 2 and "is there already" in capsys.readouterr().err
+    key = "module.decoder_modules.conv1.bias"
+    torch.save({"depth_model": {**{k: v for k, v in state.items() if k != key}, "module.extra": state[key]}}, file)
+    assert prepare(root, tmp_path / "out2", "--weights", file) == 2
+    err = capsys.readouterr().err
+    assert "the first is decoder_modules.conv1.bias" in err and "1 unexpected, the first is extra" in err
+    assert err.count("\n") == 1 and not (tmp_path / "out2").exists()
+
+def test_estimated_depth_has_the_images_size_and_starts_at_one_hundredth():
+    depth = L.estimate_depth(Brightness(), torch.rand(2, 3, 30, 50))
+    assert depth.shape == (2, 1, 30, 50) and float(depth.min()) >= 0.01 - 1e-6
+    ramp = torch.linspace(0, 1, 448).expand(1, 3, 448, -1)
+    assert torch.allclose(L.estimate_depth(Brightness(), ramp)[0, 0, 0], ramp[0, 0, 0] + 0.01, atol=1e-4)
+
+def test_all_that_can_be_read_is_prepared(tmp_path, weights):
+    source = tmp_path / "nasty"
+    source.mkdir()
+    photo((500, 300)).save(source / "whole.jpg")
+    (source / "cut.jpg").write_bytes((source / "whole.jpg").read_bytes()[:2000])
+    photo(mode="CMYK").save(source / "cmyk.jpg")
+    palette = photo().convert("P")
+    palette.save(source / "palette.png", transparency=3)
+    PIL.Image.fromarray(np.full((8, 9), 40000, np.uint16)).save(source / "gray16.png")
+    photo().save(source / "anim.gif")
+    exif = photo().getexif()
+    exif[0x0112] = 6
+    photo((60, 20)).save(source / "turned.jpg", exif=exif, quality=95, subsampling=0)
+    (source / "text.jpg").write_text("not a picture")
+    (source / "empty.png").write_bytes(b"")
+    PIL.Image.new("RGB", (20_000, 20), "red").save(source / "wide.png")
+    photo().save(source / "Übergröße 猫.jpg")
+    photo().save(source / "whole.png")                                                     # the same name twice
+    assert prepare(source, tmp_path / "out.zip", "--resolution", 32, "--weights", weights) == 0
+    skipped = (tmp_path / "out.skipped.txt").read_text().splitlines()
+    assert [line.split("\t")[0] for line in skipped] == ["cut.jpg", "empty.png", "text.jpg"]
+    data = m.ImageData(micro(resolution=32), tmp_path / "out.zip")
+    assert len(data) == 9 and data.num_classes == 0 and {"whole_jpg.png", "whole_png.png", "Übergröße 猫.png"} <= set(data.names)
+    assert not any(data[i]["bad"] for i in range(9)) and (tmp_path / "out.depth.png").exists()
+    turned = data[data.names.index("turned.png")]["image"].numpy().transpose(1, 2, 0)
+    upright = m.crop_resize(photo((60, 20)).rotate(-90, expand=True), 32, PIL.Image.LANCZOS)
+    assert np.abs(turned.astype(int) - np.asarray(upright)).mean() < 4
+    assert not (tmp_path / "out.unfinished").exists()
+
+@pytest.mark.parametrize("name", ["../evil.png", "/evil.png"])
+def test_archives_that_lead_out_are_refused(tmp_path, capsys, weights, name):
+    with zipfile.ZipFile(tmp_path / "bad.zip", "w") as z:
+        z.writestr(name, b"")
+    assert prepare(tmp_path / "bad.zip", tmp_path / "out", "--weights", weights) == 2
+    assert name in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+def test_a_killed_preparation_goes_on_to_the_same_bytes(tmp_path):
+    """With ready maps, in two processes that share the work; once undisturbed in one process, once killed."""
+    root = make_folder(tmp_path / "photos", each=60, depth=True)
+    maps = tmp_path / "maps"
+    for p in root.rglob("*_depth.png"):
+        (maps / p.parent.name).mkdir(parents=True, exist_ok=True)
+        p.rename(maps / p.parent.name / p.name)
+    argv = [root, "--depth-from", maps, "--resolution", 64, "--batch", 4, "--workers", 1]
+    assert prepare(argv[0], tmp_path / "a", *argv[1:]) == 0
+
+    def start():
+        return [subprocess.Popen([sys.executable, HERE / "lereS_depth.py", root, tmp_path / "b", *map(str, argv[1:])],
+                                 env={**os.environ, "RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2"},
+                                 start_new_session=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+                for r in range(2)]
+    started = start()
+    while len(list((tmp_path / "b").rglob("*_depth.png"))) < 10:
+        time.sleep(0.01)
+    for p in started:
+        os.killpg(p.pid, signal.SIGKILL)
+    assert len(list((tmp_path / "b").rglob("*.png"))) < 240
+    assert [p.wait() for p in start()] == [0, 0]
+    assert contents(tmp_path / "a") == contents(tmp_path / "b") and len(contents(tmp_path / "a")) == 2 * 120 + 4
+
+def test_ready_depth_maps_of_any_kind(tmp_path):
+    photos, maps = tmp_path / "photos", tmp_path / "maps"
+    photos.mkdir(), maps.mkdir()
+    for name in ("a", "b", "c"):
+        photo((80, 40)).save(photos / f"{name}.jpg")
+    ramp = np.linspace(1, 4, 80)[None].repeat(40, 0)
+    np.save(maps / "a.npy", ramp)
+    PIL.Image.fromarray((ramp * 60).round().astype(np.uint8)).resize((160, 80)).save(maps / "b.png")
+    read = lambda out, name: np.asarray(PIL.Image.open(tmp_path / out / f"{name}_depth.png")).astype(float)
+    for out, flags_ in (("plain", []), ("inverse", ["--invert"])):
+        assert prepare(photos, tmp_path / out, "--depth-from", maps, "--resolution", 40, *flags_) == 0
+        assert (tmp_path / out / "skipped.txt").read_text().startswith("c.jpg\tFileNotFoundError: no depth")
+        d = ramp[0, 20:60] if out == "plain" else 1 / ramp[0, 20:60]                       # the middle of the photograph
+        expected = (d - d.min()) / (d.max() - d.min()) * 65535
+        assert np.abs(read(out, "a")[7] - expected).max() < 300 and np.abs(read(out, "b")[7] - expected).max() < 1200
+
+def test_16_bit_gray_and_alpha_is_read_at_full_precision():
+    values = np.random.default_rng(0).integers(0, 65536, (5, 7, 2)).astype(">u2")
+    rows = b"".join(b"\x00" + row.tobytes() for row in values)
+    chunk = lambda kind, body: len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
+    png = (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", (7).to_bytes(4, "big") + (5).to_bytes(4, "big") + b"\x10\x04\0\0\0")
+           + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    assert np.array_equal(m.read_depth(png), values[..., 0].astype(np.float32))
+
+def test_instance_selection_keeps_the_typical(tmp_path, weights, monkeypatch):
+    class MeanColour(torch.nn.Module):
+        def forward(self, x):
+            return x.mean((2, 3))
+    monkeypatch.setattr(m, "Teacher", lambda name, file: MeanColour())
+    root = tmp_path / "photos"
+    for c, typical, odd in (("red", (200, 20, 20), (20, 20, 200)), ("blue", (20, 20, 200), (200, 20, 20))):
+        (root / c).mkdir(parents=True)
+        for i in range(10):
+            colour = odd if i == 3 else tuple(v + i for v in typical)
+            PIL.Image.new("RGB", (20, 20), colour).save(root / c / f"{i}.png")
+    assert prepare(root, tmp_path / "out", "--resolution", 16, "--weights", weights, "--keep", 0.85) == 0
+    kept = (tmp_path / "out/kept.txt").read_text().splitlines()
+    assert len(kept) == 18 and not {"red/3.png", "blue/3.png"} & set(kept)
+    assert len(m.ImageData(micro(), tmp_path / "out")) == 18
+
+def test_weights_are_downloaded_resumed_and_checked(tmp_path, monkeypatch, capsys):
+    body, ranges = bytes(range(256)) * 1000, []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            first = int((self.headers.get("Range") or "bytes=0-")[6:-1])
+            ranges.append(first)
+            self.send_response(206 if first else 200)
+            self.send_header("Content-Length", str(len(body) - first))
+            self.end_headers()
+            self.wfile.write(body[first:] if first else body[:100_000])                    # the first time it breaks off
+
+        def log_message(self, *_):
+            pass
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(L, "URL", f"http://127.0.0.1:{server.server_port}/res101.pth")
+    monkeypatch.setattr(L, "SHA256", hashlib.sha256(body).hexdigest())
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(m.UserError, match="--weights FILE"):
+        L.find_weights("")
+    assert "non-commercial" in capsys.readouterr().err
+    assert L.find_weights("").read_bytes() == body and ranges == [0, 100_000]
+    assert L.find_weights("").read_bytes() == body and len(ranges) == 2                    # from the cache
+    monkeypatch.setattr(L, "SHA256", "0" * 64)
+    (tmp_path / "checkpoints/leres_res101.pth").unlink()
+    body = body[:90_000]
+    with pytest.raises(m.UserError, match="SHA-256"):
+        L.find_weights("")
+    server.shutdown()
+    with pytest.raises(m.UserError, match="cannot download http://127.0.0.1"):
+        L.find_weights("")
+
+def test_training_on_raw_photographs_prepares_them_once(tmp_path, weights, monkeypatch, capsys):
+    monkeypatch.setenv("DATA_DIR", str(tmp_path / "data"))
+    root = make_folder(tmp_path / "photos")
+    for run in ("one", "two"):
+        train_micro(tmp_path / run, "--data", str(root), "--depth-weights", str(weights), kimg=0.016)
+        assert ("preparing them once" in capsys.readouterr().out) == (run == "one")
+    assert len(list((tmp_path / "data").iterdir())) == 1 and (tmp_path / "one/reals.png").exists()
 
 def test_batches_are_the_same_however_they_are_split():
     cfg = micro()
@@ -714,7 +862,6 @@ def test_batches_are_the_same_however_they_are_split():
     assert whole[5:] == take(0, 1, 5, 8)                                          # a resumed run
     flat = sum(whole, [])
     assert sorted(flat[:100]) == list(range(100))                                 # an epoch: the data and its mirror image
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Training
@@ -736,7 +883,6 @@ def test_two_processes_and_one_give_the_same_gradients(tmp_path):
     lines = [line for line in log(tmp_path / "two") if "loss_g" in line]
     assert lines[0]["loss_g"] == pytest.approx([line for line in log(one) if "loss_g" in line][0]["loss_g"], rel=1e-4)
 
-
 def test_a_resumed_run_ends_with_identical_weights(tmp_path):
     whole = train_micro(tmp_path / "whole", kimg=0.064)
     half = train_micro(tmp_path / "half", kimg=0.032)
@@ -748,7 +894,6 @@ def test_a_resumed_run_ends_with_identical_weights(tmp_path):
     assert a["step"] == b["step"] == 4
     strip = lambda out: [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second", "memory_mb")} for line in log(out)]
     assert strip(whole) == strip(half)
-
 
 def test_run_folder_has_everything(tmp_path):
     out = train_micro(tmp_path / "run", kimg=0.032, eval_images=32)
@@ -767,7 +912,6 @@ def test_run_folder_has_everything(tmp_path):
     assert len(metrics) == 2 and set(metrics[0]) >= {"fd_rgbd8", "depth_entropy", "camera_w1_posterior", "camera_w1_prior",
                                                       "depth_error_raw", "depth_error_adapted"}
 
-
 def test_distillation_pulls_the_features_to_the_teacher(tmp_path):
     import timm
     torch.manual_seed(0)
@@ -777,7 +921,6 @@ def test_distillation_pulls_the_features_to_the_teacher(tmp_path):
                       teacher_weights=tmp_path / "w.pth")
     distances = [line["kd_distance"] for line in log(out) if "kd_distance" in line]
     assert len(distances) == 40 and np.mean(distances[-5:]) < 0.8 * np.mean(distances[:5])
-
 
 @pytest.mark.parametrize("options", [dict(camera="prior"), dict(camera="frontal"), dict(camera_reg="grad"),
                                      dict(camera_reg="none"), dict(depth="none"), dict(precision="bf16"),
@@ -789,13 +932,11 @@ def test_every_mechanism_can_be_switched(tmp_path, options):
         assert line.get("nonfinite_g", 0) == line.get("nonfinite_d", 0) == 0
     assert ("camera_emd" in log(out)[-1]) == (options.get("camera", "learned") == "learned")
 
-
 def test_the_tiny_preset_learns(tmp_path):
     """Forty steps of the default job: the distance to the data falls by a factor of 2.5 at least (measured: 3.8)."""
     assert m.main(["--out", str(tmp_path / "run"), *flags(kimg=0.32, eval_images=128, workers=1)]) == 0
     first, last = [line["metrics"]["fd_rgbd8"] for line in log(tmp_path / "run") if "metrics" in line]
     assert last < first / 2.5
-
 
 def test_ctrl_c_saves_and_the_run_goes_on(tmp_path):
     argv = [sys.executable, SCRIPT, "--out", tmp_path / "run", *flags(**{**MICRO, "workers": 1})]
@@ -813,7 +954,6 @@ def test_ctrl_c_saves_and_the_run_goes_on(tmp_path):
     assert m.main(["--resume", "latest", "--out", str(tmp_path / "run"), "--kimg", str(kimg)]) == 0
     assert checkpoint(tmp_path / "run")["step"] == state["step"] + 2
 
-
 def test_full_disk_leaves_the_earlier_checkpoint(tmp_path, monkeypatch, capsys):
     out = train_micro(tmp_path / "run", kimg=0.016)
     before = {p.name: p.read_bytes() for p in out.iterdir()}
@@ -827,7 +967,6 @@ def test_full_disk_leaves_the_earlier_checkpoint(tmp_path, monkeypatch, capsys):
     assert (out / "checkpoint-000000.016.pt").read_bytes() == before["checkpoint-000000.016.pt"]
     assert not list(out.glob(".*tmp")) and not (out / "checkpoint-000000.032.pt").exists()
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Command line and bad input
 
@@ -840,7 +979,6 @@ def test_help_shows_every_option_with_its_default(mode):
         assert " ".join(f.metadata["help"].split()[:2]) in text, f.name
     assert text.count("(default:") == len(dataclasses.fields(m.MODES[mode]))
 
-
 def test_presets_name_real_options_and_are_valid():
     names = {f.name for f in dataclasses.fields(m.Config)}
     for preset in m.PRESETS.values():
@@ -852,12 +990,11 @@ def test_presets_name_real_options_and_are_valid():
     assert m.make_config({"data": "imagenet"}).channel_base == 65536
     assert m.make_config({}).preset == "tiny" and m.make_config({"resolution": 64}).resolution == 64
 
-
 @pytest.mark.parametrize("argv, message", [
     (["--data", "nowhere"], "nowhere: no such file"),
     (["--data", "imagenet"], "DATA_DIR"),
     (["--data", "EMPTY"], "no images"),
-    (["--data", "PHOTOS"], "--depth none"),
+    (["--data", "PHOTOS", "--depth-weights", "nowhere.pth"], "nowhere.pth: no such file (here: --depth-weights"),
     (["--resolution", "48"], "--resolution 48: must be a power of two"),
     (["--patch-resolution", "64"], "larger than --resolution"),
     (["--batch-size", "6"], "multiple of 4"),
@@ -888,17 +1025,14 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, capsys, argv, message):
     assert status == 2 and message in err and err.count("\n") == 1 and err.startswith("3dgp.py: error: ")
     assert not (tmp_path / "out").exists()
 
-
 def test_no_gpu_when_asked_for_one(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     status, err = run_main(capsys, "--device", "cuda", "--out", tmp_path / "out")
     assert status == 2 and "no GPU" in err
 
-
 def test_batch_that_does_not_fit_the_processes():
     with pytest.raises(m.UserError, match="not divisible by 3 processes"):
         m.validate(micro(), 3)
-
 
 def test_checkpoint_of_another_configuration_names_the_fields(tmp_path, capsys):
     out = train_micro(tmp_path / "run", kimg=0.016)
@@ -907,7 +1041,6 @@ def test_checkpoint_of_another_configuration_names_the_fields(tmp_path, capsys):
     torch.save({"model": torch.zeros(1)}, tmp_path / "other.pt")
     status, err = run_main(capsys, "--resume", tmp_path / "other.pt")
     assert status == 2 and "not a checkpoint of this program" in err
-
 
 def test_a_run_is_not_overwritten(tmp_path, capsys, monkeypatch):
     out = train_micro(tmp_path / "run", kimg=0.016)
@@ -918,40 +1051,33 @@ def test_a_run_is_not_overwritten(tmp_path, capsys, monkeypatch):
         assert m.main(flags(**MICRO, kimg=0.016)) == 0
         assert (tmp_path / "runs" / expected / "checkpoint-000000.016.pt").exists()
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Reference vectors: agreement means max |a - b| <= 1e-4 x max(1, max |b|), gradients included
 
 FOLDER = os.environ.get("REFERENCE_VECTORS")
 reference = pytest.mark.skipif(not FOLDER, reason="REFERENCE_VECTORS does not name the folder of the reference vectors")
 
-
 def load(name):
     with np.load(Path(FOLDER) / f"{name}.npz") as d:
         return {k: torch.from_numpy(np.asarray(d[k])) for k in d.files}
 
-
 def parameters(d, prefix="param/"):
     """resample_filter is the constant FIR, which this implementation has as a function."""
     return {k[len(prefix):]: v for k, v in d.items() if k.startswith(prefix) and not k.endswith("resample_filter")}
-
 
 def agree(a, b):
     b = b.to(a.dtype)
     assert a.shape == b.shape
     assert float((a - b).detach().abs().max()) <= 1e-4 * max(1.0, float(b.detach().abs().max()))
 
-
 def golden_config(**changes):
     return m.Config(**{**dict(num_classes=5, teacher_dim=40, resolution=64, patch_resolution=32, triplane_resolution=32,
                               triplane_features=8, channel_base=512, channel_max=32, z_dim=24, w_dim=24, coarse_samples=6,
                               fine_samples=6), **changes})
 
-
 def golden_camera(d, prefix):
     angles = d[f"{prefix}/angles"]
     return m.Camera(angles[:, 0], angles[:, 1], d[f"{prefix}/fov"], d[f"{prefix}/radius"], d[f"{prefix}/look_at"])
-
 
 @reference
 def test_reference_camera():
@@ -968,7 +1094,6 @@ def test_reference_camera():
         inside = (d["box_near"] < d["box_far"])[..., 0]
         agree(on_surface[inside], torch.full_like(on_surface[inside], float(d["box_half_size"])))
 
-
 @reference
 def test_reference_triplane_sampling():
     d = load("triplane_sampling")
@@ -981,7 +1106,6 @@ def test_reference_triplane_sampling():
         agree(g_planes, d["grad_planes"])
         agree(g_points, d["grad_coords"])
 
-
 @reference
 def test_reference_triplane_decoder():
     d = load("triplane_decoder")
@@ -993,7 +1117,6 @@ def test_reference_triplane_decoder():
         agree(rgb[:, 0], d["rgb"])
         agree(sigma, d["sigma_raw"])
 
-
 @reference
 def test_reference_ray_marching():
     d = load("ray_marching")
@@ -1002,12 +1125,10 @@ def test_reference_ray_marching():
     agree(depth, d["depth"])
     agree(weights, d["weights"])
 
-
 @reference
 def test_reference_importance_sampling():
     d = load("importance_sampling")
     agree(m.importance_depths(d["depths"], d["weights"], d["u"]), d["fine_depths"])
-
 
 @reference
 def test_reference_mapping():
@@ -1016,7 +1137,6 @@ def test_reference_mapping():
     G.mapping_network.load_state_dict(parameters(d))
     agree(G.mapping(d["z"], d["c"].argmax(1)), d["w"])
 
-
 @reference
 def test_reference_backbone():
     d = load("backbone")
@@ -1024,7 +1144,6 @@ def test_reference_backbone():
     backbone.load_state_dict(parameters(d))
     agree(backbone(d["ws"][:2], noise="const"), d["planes"])
     assert (backbone(d["ws"][:2], noise="none") - d["planes"]).abs().max() > 0.01
-
 
 @reference
 def test_reference_camera_generator():
@@ -1035,14 +1154,12 @@ def test_reference_camera_generator():
     for a, b in zip(posterior, golden_camera(d, "posterior")):
         agree(a, b)
 
-
 @reference
 def test_reference_depth_adaptor():
     d = load("depth_adaptor")
     adaptor = m.DepthAdaptor(golden_config(near=float(d["near"]), far=float(d["far"])))
     adaptor.load_state_dict(parameters(d))
     agree(adaptor.candidates(d["depth"]), d["adapted_per_level"])
-
 
 @reference
 def test_reference_render():
@@ -1056,7 +1173,6 @@ def test_reference_render():
         agree(image, d["image"])
         agree(depth, d["depth"])
         agree(G.depth_adaptor.candidates(depth)[3], d["depth_adapted"])
-
 
 @reference
 def test_reference_discriminator():
@@ -1074,24 +1190,20 @@ def test_reference_discriminator():
     gradients = torch.autograd.grad(penalty.sum(), list(D.parameters()), allow_unused=True)
     agree(torch.stack([g.norm() for g in gradients if g is not None]).norm(), d["r1_param_grad_norm"])
 
-
 @reference
 def test_reference_patches():
     d = load("patches")
     agree(m.extract_patch(d["image"], m.Patch(d["patch_scale"], d["patch_offset_xy"]), 32), d["patch"])
-
 
 @reference
 def test_reference_blur():
     d = load("blur")
     agree(m.blur(d["image"], float(d["sigma"])), d["blurred"])
 
-
 @reference
 def test_reference_emd():
     d = load("emd_1d")
     agree(m.emd_1d(d["a"], d["b"]), d["emd_squared_cost"])
-
 
 @reference
 def test_reference_non_flatness():
@@ -1100,10 +1212,18 @@ def test_reference_non_flatness():
     agree(score, d["score_per_image"])
     agree(score.mean(), d["nfs"])
 
+@reference
+@pytest.mark.parametrize("backbone", ["resnet50", "resnext101"])
+def test_reference_leres(backbone):
+    shapes = json.loads((Path(FOLDER) / "leres_state_dict_shapes.json").read_text())[backbone]
+    model, state, d = L.LeReS(backbone).eval(), seeded_leres(backbone), load(f"leres_{backbone}")
+    assert {k: list(v.shape) for k, v in state.items()} == shapes
+    model.load_state_dict(state)
+    with torch.no_grad():
+        assert (model(d["input"]) - d["output"]).abs().max() <= 1e-4 * d["output"].abs().max()
 
 @reference
 def test_every_reference_file_is_checked():
     text = Path(__file__).read_text()
-    later = {"leres_resnet50", "leres_resnext101"}          # the depth estimator is not in this program yet
-    missing = {p.stem for p in Path(FOLDER).glob("*.npz") if f'load("{p.stem}")' not in text}
-    assert missing <= later
+    assert not {p.stem for p in Path(FOLDER).glob("*.npz") if f'load("{p.stem}")' not in text} - {
+        "leres_resnet50", "leres_resnext101"}

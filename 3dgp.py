@@ -2,12 +2,13 @@
 
 Run it:
     python 3dgp.py                                    # the `shapes` data on a CPU or one GPU; downloads nothing
-    python 3dgp.py --data photos/ --depth none        # your own pictures, no depth estimate
+    python 3dgp.py --data photos/                     # your own pictures; lereS_depth.py estimates their depth first
+    python 3dgp.py --data photos/ --depth none        # the same without depth
     torchrun --nproc_per_node=8 3dgp.py --data imagenet
     python 3dgp.py --help                             # every option, with its default
 
 Method: Skorokhodov et al., "3D generation on ImageNet", ICLR 2023. Sections, in the paper's order:
-    config, data, ops, camera, rendering, generator, discriminator, losses, metrics, training, sampling, main.
+    config, data, ops, camera, rendering, generator, discriminator, losses, metrics, training, sampling, bench, main.
 One sample's way from z to loss: `synthesize` (generator) -> `Discriminator` -> `train` (training).
 
 Shapes in comments: B batch, P patch resolution, T tri-plane resolution, C tri-plane features, N points, R rays,

@@ -220,6 +220,7 @@ def read_depth(png):
         header = png[12:24] + b"\x08\x06" + png[26:29]
         png = png[:12] + header + zlib.crc32(header).to_bytes(4, "big") + png[33:]
     with PIL.Image.open(io.BytesIO(png)) as f:
+        f = f.convert("L") if f.mode == "P" else f
         d = np.asarray(f if len(f.getbands()) == 1 or wide else f.getchannel(0)).astype(np.float32)
     return d[..., 0] * 256 + d[..., 1] if wide else d
 
@@ -236,19 +237,27 @@ class ImageData:
         self.zip, self.zip_pid = None, None
         if self.source.is_dir():
             files, seen = [], set()
-            for folder, folders, members in os.walk(self.source, followlinks=True):
-                folders[:] = [] if os.path.realpath(folder) in seen else folders       # links can make circles
-                seen.add(os.path.realpath(folder))
+
+            def refuse(e):
+                raise UserError(f"--data {source}: cannot read the folder {e.filename} ({e.strerror})")
+            for folder, folders, members in os.walk(self.source, followlinks=True, onerror=refuse):
+                path = os.path.realpath(folder)
+                if path in seen or "prepared.json" in members and Path(folder) != self.source:
+                    folders[:] = members[:] = []    # links can make circles; lereS_depth.py may have written below
+                seen.add(path)
                 files += [os.path.relpath(os.path.join(folder, f), self.source) for f in members]
-        elif zipfile.is_zipfile(self.source):
-            with zipfile.ZipFile(self.source) as z:
-                files = [i.filename for i in z.infolist() if not i.is_dir()]
         else:
-            raise UserError(f"--data {source}: neither a folder nor a zip file")
+            try:
+                with zipfile.ZipFile(self.source) as z:
+                    files = [i.filename for i in z.infolist() if not i.is_dir()]
+            except zipfile.BadZipFile as e:
+                raise UserError(f"--data {source}: neither a folder nor a zip file ({e})") from None
         unsafe = [f for f in files if Path(f).is_absolute() or ".." in Path(f).parts]
         if unsafe:
             raise UserError(f"--data {source}: a member leads out of the archive: {unsafe[0]}")
-        files = set(files) - ({"depth.png"} if "dataset.json" in files else set())   # lereS_depth.py's contact sheet
+        files = set(files)
+        files -= {os.path.join(os.path.dirname(f), "depth.png") for f in files          # lereS_depth.py's contact sheet
+                  if os.path.basename(f) == "prepared.json"}
         names = sorted(f for f in files if Path(f).suffix.lower() in IMAGE_SUFFIXES
                        and not any(part.startswith((".", "__MACOSX")) for part in Path(f).parts))
         depths = {f for f in names if f.endswith("_depth.png")}
@@ -282,7 +291,7 @@ class ImageData:
                 table = {os.path.join(os.path.dirname(listing), name): int(label) for name, label in listed or []}
                 if table and not 0 <= min(table.values()) <= max(table.values()) < 100_000:
                     raise ValueError("classes must be numbers from 0 to 99,999")
-            except (ValueError, KeyError, TypeError, OverflowError, RecursionError, zipfile.BadZipFile) as e:
+            except (ValueError, LookupError, TypeError, OverflowError, RuntimeError, zlib.error, zipfile.BadZipFile) as e:
                 raise UserError(f'--data {self.source}: dataset.json is not of the form {{"labels": [["file", class], '
                                 f'...]}} ({e})') from None
         else:
@@ -300,6 +309,8 @@ class ImageData:
     def read(self, name):
         """Bytes of one member. A zip is opened once per process: workers must not share a file position."""
         if self.source.is_dir():
+            if not (self.source / name).is_file():
+                raise FileNotFoundError(f"{name}: not a file")
             return (self.source / name).read_bytes()
         if self.zip_pid != os.getpid():
             self.zip, self.zip_pid = zipfile.ZipFile(self.source), os.getpid()

@@ -18,11 +18,13 @@ import dataclasses
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import math
 import multiprocessing
 import os
 import platform
+import re
 import shutil
 import sys
 import threading
@@ -203,13 +205,20 @@ class Work:
     """The photographs, and what becomes of each. Worker processes have a copy."""
 
     def __init__(self, cfg, folder):
-        self.data = tdgp.ImageData(tdgp.Config(resolution=cfg.resolution, depth="none"), cfg.source)
-        self.cfg, self.folder = cfg, folder
-        stems = collections.Counter(Path(n).with_suffix("") for n in self.data.names)
-        self.outputs = []    # a.jpg -> a.png; where there is an a.webp as well: a_jpg.png (and depth.png is taken)
-        for stem, suffix in ((Path(n).with_suffix(""), Path(n).suffix) for n in self.data.names):
-            alone = stems[stem] == 1 and str(stem) != "depth"
-            self.outputs.append(f"{stem}.png" if alone else f"{stem}_{suffix[1:]}.png")
+        try:
+            self.data = tdgp.ImageData(tdgp.Config(resolution=cfg.resolution, depth="none"), cfg.source)
+            "".join(self.data.names).encode()
+        except tdgp.UserError as e:
+            raise tdgp.UserError(str(e).removeprefix("--data ")) from None
+        except UnicodeEncodeError as e:
+            raise tdgp.UserError(f"{cfg.source}: a name is not UTF-8 ({e}); rename the file") from None
+        self.cfg, self.folder, self.outputs, used = cfg, folder, [], {"depth"}   # depth.png is the contact sheet
+        for name in self.data.names:    # a.jpg -> a.png; a.webp beside it -> a_webp.png; none ends in _depth
+            stem, suffix = str(Path(name).with_suffix("")), Path(name).suffix[1:]
+            ends = itertools.chain(("", "_" + suffix), (f"_{k}" for k in itertools.count(2)))
+            stem = next(stem + end for end in ends if stem + end not in used and not (stem + end).endswith("_depth"))
+            used.update((stem, stem + "_depth"))
+            self.outputs.append(stem + ".png")
 
     def paths(self, i):
         """-> where image i and its depth go"""
@@ -222,6 +231,8 @@ class Work:
         for path in (stem.with_name(stem.name + end) for end in (".npy", ".png", "_depth.png")):
             if path.exists():
                 d = np.load(path).squeeze() if path.suffix == ".npy" else tdgp.read_depth(path.read_bytes())
+                if d.ndim != 2 or d.size == 0:
+                    raise ValueError(f"{path} is no map: its shape is {d.shape}")
                 d = PIL.Image.fromarray(d.astype(np.float32))
                 d = np.asarray(d.resize((self.cfg.resolution,) * 2, PIL.Image.BILINEAR,
                                         box=[c * side for c, side in zip(crop, d.size * 2)]))
@@ -241,7 +252,7 @@ class Work:
                 return small, self.ready_depth(name, crop)
             return small, np.asarray(tdgp.crop_resize(image, LeReS.SIZE, PIL.Image.BILINEAR))
         except Exception as e:   # decoders of damaged files raise anything
-            return " ".join(f"{type(e).__name__}: {e}".split())
+            return re.sub(r"<.* at 0x\w+>", "", " ".join(f"{type(e).__name__}: {e}".split())).strip()
 
     def save(self, i, image, depth):
         """Write depth (R, R), 16 bit between its extremes, and then the photograph (R, R, 3). -> why not, or None"""
@@ -278,15 +289,17 @@ def load_groups(pool, groups, ahead=4):
 
 def select(work, groups, pool, teacher, device):
     """The share `keep` of each class that is likeliest under a Gaussian of its features (instance selection, DeVries et
-    al. 2020). The covariance goes a tenth of the way to a sphere, since a class may have few images. -> indices"""
-    features, readable, kept = [], [], []
+    al. 2020). The covariance goes a tenth of the way to a sphere, since a class may have few images. -> indices, those
+    of unreadable images among them"""
+    features, readable = [], []
     for loaded in load_groups(pool, tqdm(groups, desc="selecting", unit="batch")):
         good = [(i, x[0]) for i, x in loaded if not isinstance(x, str)]
         if good:
             images = torch.from_numpy(np.stack([x for _, x in good])).to(device).permute(0, 3, 1, 2)
             features.append(teacher(images / 127.5 - 1).float().cpu())
             readable += [i for i, _ in good]
-    features, readable = torch.cat(features), np.array(readable)
+    kept = sorted({i for group in groups for i in group} - set(readable))   # the next step says why they are left out
+    features, readable = torch.cat([*features, torch.zeros(0, teacher.dim)]), np.array(readable, int)
     labels = work.data.labels[readable] if work.data.num_classes else np.zeros(len(readable), int)
     for label in np.unique(labels):
         own = np.flatnonzero(labels == label)
@@ -301,7 +314,8 @@ def select(work, groups, pool, teacher, device):
 def claim(work, weights, rank):
     """Make the folder, or go on in it if it was begun in the same way: another source or size must not get mixed in."""
     recipe = {k: v for k, v in dataclasses.asdict(work.cfg).items() if k not in ("target", "workers", "device")}
-    recipe.update(source=str(Path(work.cfg.source).resolve()), weights=file_sha256(weights) if weights else "")
+    recipe.update(source=str(Path(work.cfg.source).resolve()), weights=file_sha256(weights) if weights else "",
+                  depth_from=str(Path(work.cfg.depth_from).resolve()) if work.cfg.depth_from else "")
     note = work.folder / "prepared.json"
     if rank == 0 and not note.exists():
         work.folder.mkdir(parents=True, exist_ok=True)
@@ -310,7 +324,11 @@ def claim(work, weights, rank):
         with tdgp.atomic(note) as tmp:
             tmp.write_text(json.dumps(recipe, indent=1))
     wait_for(note.exists)
-    differing = [k for k, v in json.loads(note.read_text()).items() if recipe.get(k) != v]
+    try:
+        before = dict(json.loads(note.read_text()))
+    except (ValueError, TypeError):
+        raise tdgp.UserError(f"{note}: is not of this program; name another target") from None
+    differing = [k for k, v in recipe.items() if before.get(k, v) != v]
     if differing:
         raise tdgp.UserError(f"{work.folder}: was begun with another {', '.join(differing)}; delete it or name another")
 
@@ -319,11 +337,21 @@ def prepare(cfg):
     (rank, world, local_rank), target, zipped = tdgp.distributed(), Path(cfg.target), cfg.target.endswith(".zip")
     device, folder = tdgp.choose_device(cfg, local_rank), target.with_suffix(".unfinished") if zipped else target
     if (target if zipped else target / "dataset.json").exists():
+        if zipped:
+            shutil.rmtree(folder, ignore_errors=True)   # of a run that was killed in its last moment
+        if rank > 0:
+            return
         raise tdgp.UserError(f"{target}: is there already; delete it to make it anew")
+    part = folder / f".part-{rank}-of-{world}"
+    part.unlink(missing_ok=True)
     work = Work(cfg, folder)
     weights = None if cfg.depth_from else find_weights(cfg.weights)
     model = load_leres(weights).to(device) if weights else None
-    teacher = tdgp.Teacher(cfg.keep_model, cfg.keep_weights).to(device) if cfg.keep < 1 and rank == 0 else None
+    try:
+        teacher = tdgp.Teacher(cfg.keep_model, cfg.keep_weights).to(device) if cfg.keep < 1 and rank == 0 else None
+    except tdgp.UserError as e:
+        raise tdgp.UserError(str(e).replace("--teacher-weights", "--keep-weights").replace("--teacher", "--keep-model")
+                             ) from None
     claim(work, weights, rank)
     split = lambda indices: [indices[first:first + cfg.batch] for first in range(0, len(indices), cfg.batch)]
     indices, network, start = list(range(len(work.data))), 0.0, time.time()
@@ -336,7 +364,7 @@ def prepare(cfg):
                 with tdgp.atomic(kept) as tmp:
                     tmp.write_text("".join(f"{work.data.names[i]}\n" for i in chosen))
             wait_for(kept.exists)
-            names = set(kept.read_text().splitlines())
+            names = set(kept.read_text().split("\n"))
             indices = [i for i in indices if work.data.names[i] in names]
         # the network sees fixed groups of photographs, so that the result does not depend on what was there already
         groups = [g for g in split(indices)[rank::world] if not all(p.exists() for i in g for p in work.paths(i))]
@@ -357,7 +385,7 @@ def prepare(cfg):
                     i, f = saving.popleft()
                     skipped.update({work.data.names[i]: f.result()} if f.result() else {})
                     bar.update()
-    with tdgp.atomic(folder / f".part-{rank}-of-{world}") as tmp:
+    with tdgp.atomic(part) as tmp:
         tmp.write_text(json.dumps(skipped))
     if rank == 0:
         n = finish(work, indices, [folder / f".part-{r}-of-{world}" for r in range(world)], target, zipped)
@@ -370,11 +398,12 @@ def finish(work, indices, parts, target, zipped):
     skipped = {k: v for p in parts for k, v in json.loads(p.read_text()).items()}
     indices = [i for i in indices if work.data.names[i] not in skipped]
     wait_for(lambda: all(p.exists() for i in indices for p in work.paths(i)))
-    for p in work.folder.rglob(".*"):   # the parts, and what killed runs left
-        p.unlink()
+    for p in [*work.folder.glob(".part-*"), *work.folder.rglob(".*.tmp")]:   # and what killed runs left
+        p.unlink(missing_ok=True)
     with tdgp.atomic(beside("skipped.txt")) as tmp:
         tmp.write_text("".join(f"{name}\t{skipped[name]}\n" for name in sorted(skipped)))
     if not indices:
+        (work.folder / "prepared.json").unlink()   # the next attempt may be another
         raise tdgp.UserError(f"{work.cfg.source}: not one image of it could be used; {beside('skipped.txt')} says why")
     labels, cells = work.data.labels[indices] if work.data.num_classes else work.data.labels, []
     for k in tdgp.grid_indices(labels, min(32, len(indices))):
@@ -384,12 +413,13 @@ def finish(work, indices, parts, target, zipped):
     listed = [[work.outputs[i], int(label)] for i, label in zip(indices, labels)] if len(labels) else None
     with tdgp.atomic(work.folder / "dataset.json") as tmp:
         tmp.write_text(json.dumps(dict(labels=listed)))
+    if work.cfg.keep < 1:
+        with tdgp.atomic(beside("kept.txt")) as tmp:
+            tmp.write_text("".join(f"{work.data.names[i]}\n" for i in indices))
     if zipped:
         with tdgp.atomic(target) as tmp, zipfile.ZipFile(tmp, "w") as z:
             for path in [work.folder / "dataset.json", *(p for i in indices for p in work.paths(i))]:
                 z.writestr(zipfile.ZipInfo(path.relative_to(work.folder).as_posix()), path.read_bytes())   # without a date
-        if work.cfg.keep < 1:
-            os.replace(work.folder / "kept.txt", beside("kept.txt"))
         shutil.rmtree(work.folder)
     if skipped:
         print(f"{len(skipped)} images were left out; {beside('skipped.txt')} says why", file=sys.stderr)
@@ -399,13 +429,14 @@ def prepare_for_training(cfg, source, root):
     """What 3dgp.py does with photographs alone: prepare them once, all processes together. -> folder"""
     place = hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:8]
     target = root / f"{source.resolve().stem}-{cfg.resolution}-{place}"
+    if tdgp.distributed()[0] == 0:
+        print(f"{source}: photographs without depth; prepared, once, in {target}", flush=True)
     if not (target / "dataset.json").exists():
-        if tdgp.distributed()[0] == 0:
-            print(f"{source}: photographs without depth; preparing them once, in {target}", flush=True)
         try:
             prepare(Prepare(str(source), str(target), cfg.resolution, cfg.depth_weights, device=cfg.device))
         except tdgp.UserError as e:
-            raise tdgp.UserError(f"{e} (here: --depth-weights FILE; or train on RGB alone with --depth none)") from None
+            raise tdgp.UserError(str(e).replace("--weights", "--depth-weights") + "; or train on RGB alone: --depth none"
+                                 ) from None
         wait_for((target / "dataset.json").exists)
     return target
 
@@ -424,6 +455,8 @@ def main(argv=None):
             raise tdgp.UserError(f"--keep {cfg.keep}: must be above 0 and at most 1")
         if cfg.invert and not cfg.depth_from:
             raise tdgp.UserError("--invert: is for ready maps; give --depth-from too")
+        if cfg.depth_from and not Path(cfg.depth_from).is_dir():
+            raise tdgp.UserError(f"--depth-from {cfg.depth_from}: no such folder")
         prepare(cfg)
     except (tdgp.UserError, OSError, concurrent.futures.BrokenExecutor) as e:
         print(f"lereS_depth.py: error: {e}", file=sys.stderr)

@@ -730,7 +730,7 @@ def test_all_that_can_be_read_is_prepared(tmp_path, weights):
     skipped = (tmp_path / "out.skipped.txt").read_text().splitlines()
     assert [line.split("\t")[0] for line in skipped] == ["cut.jpg", "empty.png", "text.jpg"]
     data = m.ImageData(micro(resolution=32), tmp_path / "out.zip")
-    assert len(data) == 9 and data.num_classes == 0 and {"whole_jpg.png", "whole_png.png", "Übergröße 猫.png"} <= set(data.names)
+    assert len(data) == 9 and data.num_classes == 0 and {"whole.png", "whole_png.png", "Übergröße 猫.png"} <= set(data.names)
     assert not any(data[i]["bad"] for i in range(9)) and (tmp_path / "out.depth.png").exists()
     turned = data[data.names.index("turned.png")]["image"].float().mean(0)
     upright = m.crop_resize(photo((60, 20)).rotate(-90, expand=True), 32, PIL.Image.LANCZOS)
@@ -746,6 +746,7 @@ def test_archives_that_lead_out_are_refused(tmp_path, capsys, weights, name):
 def test_a_killed_preparation_goes_on_to_the_same_bytes(tmp_path):
     """With ready maps, in two processes that share the work; once undisturbed in one process, once killed."""
     root = make_folder(tmp_path / "photos", each=60, depth=True)
+    (root / "cat" / "broken.jpg").write_text("not a picture")
     maps = tmp_path / "maps"
     for p in root.rglob("*_depth.png"):
         (maps / p.parent.name).mkdir(parents=True, exist_ok=True)
@@ -792,14 +793,17 @@ def test_16_bit_gray_and_alpha_is_read_at_full_precision():
 
 def test_instance_selection_keeps_the_typical(tmp_path, weights, monkeypatch):
     teacher = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())       # mean colour
+    teacher.dim = 3
     monkeypatch.setattr(m, "Teacher", lambda name, file: teacher)
     root = tmp_path / "photos"
     for c, typical, odd in (("red", (200, 20, 20), (20, 20, 200)), ("blue", (20, 20, 200), (200, 20, 20))):
         (root / c).mkdir(parents=True)
         for i in range(10):
             PIL.Image.new("RGB", (20, 20), odd if i == 3 else tuple(v + i for v in typical)).save(root / c / f"{i}.png")
+    (root / "red/x.jpg").write_text("not a picture")
     assert prepare(root, tmp_path / "out", "--resolution", 16, "--weights", weights, "--keep", 0.85) == 0
     kept = (tmp_path / "out/kept.txt").read_text().splitlines()
+    assert (tmp_path / "out/skipped.txt").read_text().startswith("red/x.jpg\tUnidentifiedImageError")
     assert len(kept) == 18 and not {"red/3.png", "blue/3.png"} & set(kept)
     assert len(m.ImageData(micro(), tmp_path / "out")) == 18
 
@@ -838,11 +842,11 @@ def test_weights_are_downloaded_resumed_and_checked(tmp_path, monkeypatch, capsy
 
 def test_training_on_raw_photographs_prepares_them_once(tmp_path, weights, monkeypatch, capsys):
     monkeypatch.setenv("DATA_DIR", str(tmp_path / "data"))
-    root = make_folder(tmp_path / "photos")
+    root = make_folder(tmp_path / "data")                                                  # the result lies within
     for run in ("one", "two"):
         train_micro(tmp_path / run, "--data", str(root), "--depth-weights", str(weights), kimg=0.016)
-        assert ("preparing them once" in capsys.readouterr().out) == (run == "one")
-    assert len(list((tmp_path / "data").iterdir())) == 1 and (tmp_path / "one/reals.png").exists()
+        assert ("network" in capsys.readouterr().out) == (run == "one")                    # the last line of a preparation
+    assert len(list((tmp_path / "data").iterdir())) == 3 and (tmp_path / "one/reals.png").exists()
 
 def test_batches_are_the_same_however_they_are_split():
     cfg = micro()
@@ -987,7 +991,7 @@ def test_presets_name_real_options_and_are_valid():
     (["--data", "nowhere"], "nowhere: no such file"),
     (["--data", "imagenet"], "DATA_DIR"),
     (["--data", "EMPTY"], "no images"),
-    (["--data", "PHOTOS", "--depth-weights", "nowhere.pth"], "nowhere.pth: no such file (here: --depth-weights"),
+    (["--data", "PHOTOS", "--depth-weights", "nowhere.pth"], "--depth-weights nowhere.pth: no such file; or train on RGB alone"),
     (["--resolution", "48"], "--resolution 48: must be a power of two"),
     (["--patch-resolution", "64"], "larger than --resolution"),
     (["--batch-size", "6"], "multiple of 4"),

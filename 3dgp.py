@@ -291,7 +291,8 @@ class ImageData:
                 table = {os.path.join(os.path.dirname(listing), name): int(label) for name, label in listed or []}
                 if table and not 0 <= min(table.values()) <= max(table.values()) < 100_000:
                     raise ValueError("classes must be numbers from 0 to 99,999")
-            except (ValueError, LookupError, TypeError, OverflowError, RuntimeError, zlib.error, zipfile.BadZipFile) as e:
+            except (ValueError, LookupError, TypeError, ArithmeticError, RuntimeError, zlib.error,
+                    zipfile.BadZipFile) as e:
                 raise UserError(f'--data {self.source}: dataset.json is not of the form {{"labels": [["file", class], '
                                 f'...]}} ({e})') from None
         else:

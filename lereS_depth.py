@@ -8,8 +8,8 @@ Run it:
     torchrun --nproc_per_node=8 lereS_depth.py imagenet/train data/imagenet --resolution 256 --keep 0.33
 
 SOURCE: flat, or one folder per class, or with dataset.json. TARGET gets `<name>.png`, `<name>_depth.png` (16 bit, larger
-is farther) and dataset.json; skipped.txt says what could not be used, depth.png shows photographs over their depth. A run
-that was stopped goes on: call it again. `3dgp.py --data photos/` does all this by itself.
+is farther) and dataset.json; skipped.txt says what could not be used, depth.png shows photographs over their depth. A
+run that was stopped goes on: call it again. `3dgp.py --data photos/` does all this by itself.
 """
 import argparse
 import collections
@@ -337,7 +337,7 @@ def prepare(cfg):
     (rank, world, local_rank), target, zipped = tdgp.distributed(), Path(cfg.target), cfg.target.endswith(".zip")
     device, folder = tdgp.choose_device(cfg, local_rank), target.with_suffix(".unfinished") if zipped else target
     if (target if zipped else target / "dataset.json").exists():
-        if zipped:
+        if zipped and (folder / "prepared.json").exists():
             shutil.rmtree(folder, ignore_errors=True)   # of a run that was killed in its last moment
         if rank > 0:
             return
@@ -419,7 +419,7 @@ def finish(work, indices, parts, target, zipped):
     if zipped:
         with tdgp.atomic(target) as tmp, zipfile.ZipFile(tmp, "w") as z:
             for path in [work.folder / "dataset.json", *(p for i in indices for p in work.paths(i))]:
-                z.writestr(zipfile.ZipInfo(path.relative_to(work.folder).as_posix()), path.read_bytes())   # without a date
+                z.writestr(zipfile.ZipInfo(path.relative_to(work.folder).as_posix()), path.read_bytes())   # no date
         shutil.rmtree(work.folder)
     if skipped:
         print(f"{len(skipped)} images were left out; {beside('skipped.txt')} says why", file=sys.stderr)
@@ -435,8 +435,8 @@ def prepare_for_training(cfg, source, root):
         try:
             prepare(Prepare(str(source), str(target), cfg.resolution, cfg.depth_weights, device=cfg.device))
         except tdgp.UserError as e:
-            raise tdgp.UserError(str(e).replace("--weights", "--depth-weights") + "; or train on RGB alone: --depth none"
-                                 ) from None
+            e = str(e).replace("--weights", "--depth-weights")
+            raise tdgp.UserError(f"{e}; or train on RGB alone: --depth none") from None
         wait_for((target / "dataset.json").exists)
     return target
 

@@ -108,7 +108,8 @@ def estimate_depth(model, images, size=None):
     """Affine-invariant depth, larger is farther, from 0.01 on. images (B, 3, H, W) in [0, 1], any size -> float32
     (B, 1, H, W), or (B, 1, size, size)"""
     mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (model.MEAN, model.STD))
-    x = F.interpolate(images, (model.SIZE,) * 2, mode="bilinear", align_corners=False, antialias=True)
+    x = images if images.shape[2:] == (model.SIZE,) * 2 else F.interpolate(
+        images, (model.SIZE,) * 2, mode="bilinear", align_corners=False, antialias=True)
     depth = model((x - mean) / std).float()
     depth = depth - depth.amin((1, 2, 3), keepdim=True) + 0.01
     return F.interpolate(depth, (size, size) if size else images.shape[2:], mode="bilinear", align_corners=False)
@@ -239,32 +240,35 @@ class Work:
                 return 1 / np.maximum(d, 0.01 * d.max()) if self.cfg.invert else d
         raise FileNotFoundError(f"no depth: {stem}.png, {stem.name}_depth.png or {stem.name}.npy")
 
+    def open(self, i):
+        with PIL.Image.open(io.BytesIO(self.data.read(self.data.names[i]))) as f:
+            return tdgp.to_rgb(f)
+
+    def picture(self, i, image=None):
+        """-> photograph i, (R, R, 3) uint8"""
+        return np.asarray(tdgp.crop_resize(image or self.open(i), self.cfg.resolution, PIL.Image.LANCZOS))
+
     def load(self, i):
-        """-> photograph (R, R, 3) uint8, and the same at the network's size or its ready depth; or why not, a str"""
-        name = self.data.names[i]
-        try:
-            with PIL.Image.open(io.BytesIO(self.data.read(name))) as f:
-                image = tdgp.to_rgb(f)
+        """Write the photograph, and its depth if there is a ready map. -> what the network has to see, or None"""
+        image = self.open(i)
+        if self.cfg.depth_from:
             (w, h), side = image.size, min(image.size)
             crop = [(1 - side / w) / 2, (1 - side / h) / 2, (1 + side / w) / 2, (1 + side / h) / 2]
-            small = np.asarray(tdgp.crop_resize(image, self.cfg.resolution, PIL.Image.LANCZOS))
-            if self.cfg.depth_from:
-                return small, self.ready_depth(name, crop)
-            return small, np.asarray(tdgp.crop_resize(image, LeReS.SIZE, PIL.Image.BILINEAR))
-        except Exception as e:   # decoders of damaged files raise anything
-            return re.sub(r"<.* at 0x\w+>", "", " ".join(f"{type(e).__name__}: {e}".split())).strip()
+            self.save(i, self.ready_depth(self.data.names[i], crop))
+        self.write(self.paths(i)[0], self.picture(i, image))
+        return None if self.cfg.depth_from else np.asarray(tdgp.crop_resize(image, LeReS.SIZE, PIL.Image.BILINEAR))
 
-    def save(self, i, image, depth):
-        """Write depth (R, R), 16 bit between its extremes, and then the photograph (R, R, 3). -> why not, or None"""
+    def save(self, i, depth):
+        """Write depth (R, R): 16 bit, between its extremes."""
         low, high = float(depth.min()), float(depth.max())
         if not np.isfinite([low, high]).all():
-            return "depth is not finite"
-        depth = ((depth - low) * (65535 / max(high - low, 1e-12))).round().astype(np.uint16)
-        path, depth_path = self.paths(i)
+            raise ValueError("depth is not finite")
+        self.write(self.paths(i)[1], ((depth - low) * (65535 / max(high - low, 1e-12))).round().astype(np.uint16))
+
+    def write(self, path, array):
         path.parent.mkdir(parents=True, exist_ok=True)
-        for array, to in ((depth, depth_path), (image, path)):
-            with tdgp.atomic(to) as tmp:
-                PIL.Image.fromarray(array).save(tmp, "PNG", compress_level=0)   # 1: a quarter smaller, 3 times as long
+        with tdgp.atomic(path) as tmp:
+            PIL.Image.fromarray(array).save(tmp, "PNG", compress_level=0)   # 1: a third smaller, 3 times as long
 
 WORK = None   # in worker processes: what they work on
 
@@ -276,14 +280,20 @@ def start_worker(work):
                      daemon=True).start()
 
 def in_worker(method, *args):
-    return getattr(WORK, method)(*args)
+    """A method's result; or why there is none, a str. Only what stops the whole run, as a full disk, is raised."""
+    try:
+        return getattr(WORK, method)(*args)
+    except tdgp.UserError:
+        raise
+    except Exception as e:   # decoders of damaged files raise anything
+        return re.sub(r"<.* at 0x\w+>", "", " ".join(f"{type(e).__name__}: {e}".split())).strip()
 
-def load_groups(pool, groups, ahead=4):
-    """For each group of indices what `Work.load` makes of it, [(index, result)], with the next ones under way."""
+def in_groups(pool, method, groups, ahead=4):
+    """For each group of indices what a method makes of it, [(index, result)], with the next ones under way."""
     loading = collections.deque()
     for group in [*groups, *[[]] * ahead]:
         if group:
-            loading.append([(i, pool.submit(in_worker, "load", i)) for i in group])
+            loading.append([(i, pool.submit(in_worker, method, i)) for i in group])
         if loading and (len(loading) == ahead or not group):
             yield [(i, f.result()) for i, f in loading.popleft()]
 
@@ -292,8 +302,8 @@ def select(work, groups, pool, teacher, device):
     al. 2020). The covariance goes a tenth of the way to a sphere, since a class may have few images. -> indices, those
     of unreadable images among them"""
     features, readable = [], []
-    for loaded in load_groups(pool, tqdm(groups, desc="selecting", unit="batch")):
-        good = [(i, x[0]) for i, x in loaded if not isinstance(x, str)]
+    for loaded in in_groups(pool, "picture", tqdm(groups, desc="selecting", unit="batch")):
+        good = [(i, x) for i, x in loaded if not isinstance(x, str)]
         if good:
             images = torch.from_numpy(np.stack([x for _, x in good])).to(device).permute(0, 3, 1, 2)
             features.append(teacher(images / 127.5 - 1).float().cpu())
@@ -370,17 +380,17 @@ def prepare(cfg):
         groups = [g for g in split(indices)[rank::world] if not all(p.exists() for i in g for p in work.paths(i))]
         skipped, saving = {}, collections.deque()
         with tqdm(total=sum(map(len, groups)), unit="img", disable=rank > 0, desc="preparing") as bar:
-            for number, loaded in enumerate(load_groups(pool, groups), 1):
+            for number, loaded in enumerate(in_groups(pool, "load", groups), 1):
                 skipped.update({work.data.names[i]: x for i, x in loaded if isinstance(x, str)})
-                good = [(i, *x) for i, x in loaded if not isinstance(x, str)]
-                depths, began = [x for _, _, x in good], time.time()
-                if model and good:
-                    x = torch.from_numpy(np.stack(depths)).to(device).permute(0, 3, 1, 2).float() / 255
+                seen = [(i, x) for i, x in loaded if isinstance(x, np.ndarray)]
+                bar.update(len(loaded) - len(seen))
+                if seen:
+                    began = time.time()
+                    x = torch.from_numpy(np.stack([x for _, x in seen])).to(device).permute(0, 3, 1, 2).float() / 255
                     with tdgp.autocast(cfg, device):
                         depths = estimate_depth(model, x, cfg.resolution)[:, 0].cpu().numpy()
-                network += time.time() - began
-                saving += [(i, pool.submit(in_worker, "save", i, x, d)) for (i, x, _), d in zip(good, depths)]
-                bar.update(len(loaded) - len(good))
+                    network += time.time() - began
+                    saving += [(i, pool.submit(in_worker, "save", i, d)) for (i, _), d in zip(seen, depths)]
                 while len(saving) > (4 * cfg.batch if number < len(groups) else 0):   # writing may lag a little
                     i, f = saving.popleft()
                     skipped.update({work.data.names[i]: f.result()} if f.result() else {})
@@ -398,7 +408,8 @@ def finish(work, indices, parts, target, zipped):
     skipped = {k: v for p in parts for k, v in json.loads(p.read_text()).items()}
     indices = [i for i in indices if work.data.names[i] not in skipped]
     wait_for(lambda: all(p.exists() for i in indices for p in work.paths(i)))
-    for p in [*work.folder.glob(".part-*"), *work.folder.rglob(".*.tmp")]:   # and what killed runs left
+    alone = (p for i, name in enumerate(work.data.names) if name in skipped for p in work.paths(i))
+    for p in [*work.folder.glob(".part-*"), *work.folder.rglob(".*.tmp"), *alone]:      # and what killed runs left
         p.unlink(missing_ok=True)
     with tdgp.atomic(beside("skipped.txt")) as tmp:
         tmp.write_text("".join(f"{name}\t{skipped[name]}\n" for name in sorted(skipped)))

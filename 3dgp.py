@@ -646,7 +646,7 @@ def custom_ops(device_type):
                 print(f"compiling custom_ops.cu for {target}, once:", end=" ", file=sys.stderr, flush=True)
             start = time.time()
             root.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=root) as build:
+            with tempfile.TemporaryDirectory(dir=root, ignore_cleanup_errors=True) as build:
                 cpp_extension.load(name, [str(source)], build_directory=build, with_cuda=cuda, is_python_module=False,
                                    extra_cflags=None if cuda else flags, extra_cuda_cflags=flags if cuda else None,
                                    extra_ldflags=None if cuda else ["-fopenmp"])

@@ -683,8 +683,9 @@ def call_custom_ops(planes, points, box, decoder, *rest):
     real = torch.float64 if planes.dtype == torch.float64 else torch.float32
     if not has_custom_ops(planes.device.type):
         raise RuntimeError("triplane: custom_ops.cu does not compile here; use sample_triplane")
-    if not (planes.dtype in dtypes and three == 3 and T == width and points.shape == (B, N, 3) and len(decoder) in (
-            0, (16 + 5) * 64 + 4, (32 + 5) * 64 + 4) and (C <= 32 or not len(decoder)) and all(
+    padded = 16 if C <= 16 and not planes.is_cuda else 32                             # as in TriplaneDecoder.packed
+    if not (planes.dtype in dtypes and three == 3 and T == width and points.shape == (B, N, 3)
+            and (len(decoder) == 0 or C <= 32 and len(decoder) == (padded + 5) * 64 + 4) and all(
             t is None or t.dtype == real and t.device == planes.device for t in (points, decoder, *rest))):
         raise ValueError("triplane: needs planes (B, 3, C, T, T), points (B, N, 3), a decoder, empty or packed (C at "
                          "most 32), on one device; planes float32 or bfloat16, the others float32; or all float64")

@@ -288,6 +288,8 @@ def test_fused_query_is_a_proper_operator():
     for bad in ((planes.half(), points), (planes, points[:1]), (planes, points.double()), (planes[..., :-1], points)):
         with pytest.raises(ValueError, match="planes \\(B, 3, C, T, T\\)"):
             fused_features(*bad)
+    with pytest.raises(ValueError, match="packed"):
+        m.triplane(query_inputs(20)[0], points, 0.5, decoder.packed())                      # packed for 8 channels, not for 20
     empty = values_and_gradients(fused_features, planes, points.detach()[:, :0].requires_grad_())
     assert empty[0].shape == (2, 0, 8) and not empty[1].any()
 

@@ -329,7 +329,7 @@ def claim(work, weights, rank):
     note = work.folder / "prepared.json"
     if rank == 0 and not note.exists():
         work.folder.mkdir(parents=True, exist_ok=True)
-        if any(work.folder.iterdir()):
+        if {p.name for p in work.folder.iterdir()} - {"skipped.txt"}:   # that of an attempt in which nothing was usable
             raise tdgp.UserError(f"{work.folder}: has files that are not of this program; name another target")
         with tdgp.atomic(note) as tmp:
             tmp.write_text(json.dumps(recipe, indent=1))
@@ -353,7 +353,8 @@ def prepare(cfg):
             return
         raise tdgp.UserError(f"{target}: is there already; delete it to make it anew")
     part = folder / f".part-{rank}-of-{world}"
-    part.unlink(missing_ok=True)
+    for p in folder.glob(".part-*") if rank == 0 else [part]:   # marks of an earlier run: process 0 would trust them
+        p.unlink(missing_ok=True)
     work = Work(cfg, folder)
     weights = None if cfg.depth_from else find_weights(cfg.weights)
     model = load_leres(weights).to(device) if weights else None
@@ -395,8 +396,13 @@ def prepare(cfg):
                     i, f = saving.popleft()
                     skipped.update({work.data.names[i]: f.result()} if f.result() else {})
                     bar.update()
-    with tdgp.atomic(part) as tmp:
-        tmp.write_text(json.dumps(skipped))
+    while not part.exists():
+        with tdgp.atomic(part) as tmp:
+            tmp.write_text(json.dumps(skipped))
+        if rank > 0:   # process 0 may start late, and remove it then
+            wait_for(lambda: (target if zipped else target / "dataset.json").exists() or not part.exists())
+        if (target if zipped else target / "dataset.json").exists():
+            return
     if rank == 0:
         n = finish(work, indices, [folder / f".part-{r}-of-{world}" for r in range(world)], target, zipped)
         print(f"{target}: {n:,} images; {time.time() - start:.0f} s ({network:.0f} s of it for the network)")
@@ -409,7 +415,7 @@ def finish(work, indices, parts, target, zipped):
     indices = [i for i in indices if work.data.names[i] not in skipped]
     wait_for(lambda: all(p.exists() for i in indices for p in work.paths(i)))
     alone = (p for i, name in enumerate(work.data.names) if name in skipped for p in work.paths(i))
-    for p in [*work.folder.glob(".part-*"), *work.folder.rglob(".*.tmp"), *alone]:      # and what killed runs left
+    for p in [*work.folder.rglob(".*.tmp"), *alone]:      # and what killed runs left
         p.unlink(missing_ok=True)
     with tdgp.atomic(beside("skipped.txt")) as tmp:
         tmp.write_text("".join(f"{name}\t{skipped[name]}\n" for name in sorted(skipped)))
@@ -424,6 +430,8 @@ def finish(work, indices, parts, target, zipped):
     listed = [[work.outputs[i], int(label)] for i, label in zip(indices, labels)] if len(labels) else None
     with tdgp.atomic(work.folder / "dataset.json") as tmp:
         tmp.write_text(json.dumps(dict(labels=listed)))
+    for p in work.folder.glob(".part-*"):   # now the others may go
+        p.unlink()
     if work.cfg.keep < 1:
         with tdgp.atomic(beside("kept.txt")) as tmp:
             tmp.write_text("".join(f"{work.data.names[i]}\n" for i in indices))

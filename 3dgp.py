@@ -15,18 +15,23 @@ Shapes in comments: B batch, P patch resolution, T tri-plane resolution, C tri-p
 S samples on a ray. Images are float in [-1, 1], depth in world units, angles in radians except fov (degrees).
 """
 import argparse
+import base64
 import contextlib
 import ctypes
 import dataclasses
 import functools
 import hashlib
+import html
 import io
 import json
 import logging
 import math
 import os
 import platform
+import re
+import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -39,6 +44,8 @@ from typing import NamedTuple
 
 import numpy as np
 import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
 import PIL.ImageOps
 import torch
 import torch.distributed as dist
@@ -58,6 +65,9 @@ class MissingDepth(UserError):
 
 def opt(default, help: str, *choices):
     return dataclasses.field(default=default, metadata=dict(help=help, choices=choices or None))
+
+METRICS_HELP = "of fid, kid, is, pr, each with a number of images (fid50k,pr10k), and nfs (nfs256)"
+DETECTOR_HELP = "what compares images: inception (downloaded), its file, timm:NAME[:WEIGHTS], or area8, area averages"
 
 @dataclasses.dataclass
 class Config:
@@ -139,9 +149,52 @@ class Config:
                          "fp32", "tf32", "bf16")
     fused: bool = opt(True, "look points up with custom_ops.cu where it compiles, not with PyTorch's own operators")
     # output
-    snapshot_kimg: float = opt(200, "write checkpoint and samples, and measure, every so many kimg")
+    snapshot_kimg: float = opt(200, "write checkpoint and samples every so many kimg")
     log_kimg: float = opt(4, "write a line of log.jsonl every so many kimg")
-    eval_images: int = opt(2048, "images on each side of the distances logged at snapshots (0: none)")
+    metrics: str = opt("fid2k", METRICS_HELP + "; the first one tells which checkpoint is best.pt; empty: none")
+    metrics_kimg: float = opt(200, "measure every so many kimg")
+    detector: str = opt("inception", DETECTOR_HELP)
+    reals: int = opt(0, "images of the data that samples are compared with (0: all)")
+
+@dataclasses.dataclass
+class SampleConfig:
+    """Options of `sample`: one sample for each of the classes and seeds."""
+    resume: str = opt("", "checkpoint, or run folder (its newest)")
+    out: str = opt("", "folder to write into (empty: samples-<kimg> beside the checkpoint)")
+    classes: str = opt("", "which classes, as in 1,5,10-20 (empty: the first 8)")
+    seeds: str = opt("0-3", "which seeds, likewise; a seed is a z and a draw of the camera")
+    truncation: float = opt(1.0, "draws w to the mean w of its class: 1 leaves it, 0 is that mean")
+    resolution: int = opt(0, "side of the pictures (0: as trained)")
+    each: bool = opt(False, "one picture or animation of each sample, not one of all")
+    video: str = opt("none", "animation from the mean camera on", "none", "orbit", "wiggle", "line", "zoom")
+    interpolate: bool = opt(False, "animation that walks from each sample to the next and back to the first")
+    frames: int = opt(64, "frames of an animation (of each step of a walk)")
+    fps: float = opt(25.0, "frames per second")
+    angle: float = opt(0.4, "how far an animation turns to each side, in radians")
+    mesh: bool = opt(False, "coloured triangle mesh of the densities (PLY); needs scikit-image")
+    mesh_resolution: int = opt(192, "points on a side of the grid for the mesh")
+    mesh_level: float = opt(10.0, "density at the mesh's surface, per world unit")
+    points: bool = opt(False, "coloured point cloud of the rendered depth (PLY)")
+    depth: bool = opt(False, "16-bit PNGs of depth: rendered (0 near, 65535 far), and adapted")
+    cameras: bool = opt(False, "figure of the learned camera distribution beside the prior")
+    device: str = opt("auto", "auto takes the GPU if there is one", "auto", "cuda", "cpu")
+
+@dataclasses.dataclass
+class EvalConfig:
+    """Options of `eval`."""
+    resume: str = opt("", "checkpoint, or run folder (its newest)")
+    data: str = opt("", "data to compare with (empty: what it was trained on)")
+    metrics: str = opt("fid50k,nfs256", METRICS_HELP)
+    detector: str = opt("inception", DETECTOR_HELP)
+    reals: int = opt(0, "images of the data that samples are compared with (0: all)")
+    workers: int = opt(4, "data loading processes per process")
+    device: str = opt("auto", "auto takes the GPU if there is one", "auto", "cuda", "cpu")
+
+@dataclasses.dataclass
+class ReportConfig:
+    """Options of `report`."""
+    runs: list[str] = opt(..., "folders of runs")
+    out: str = opt("", "file to write (empty: report.html in the first run's folder)")
 
 @dataclasses.dataclass
 class BenchConfig:
@@ -159,12 +212,12 @@ PRESETS = {
                  channel_max=64, adaptor_channels=16, z_dim=64, w_dim=64, coarse_samples=8, fine_samples=8,
                  batch_size=8, batch_gpu=8, kimg=18, r1_gamma=0.5, ema_kimg=0.5, density_noise_kimg=2, adaptor_kimg=5,
                  camera_reg_kimg=2, patch_kimg=7, blur_sigma=2.0, blur_kimg=1, snapshot_kimg=4.5, log_kimg=0.25,
-                 eval_images=1024, workers=1, **SHORT),
+                 metrics="fid1k,nfs64", metrics_kimg=4.5, detector="area8", reals=1024, workers=1, **SHORT),
     "small": dict(resolution=64, patch_resolution=64, triplane_resolution=128, triplane_features=32, channel_base=8192,
                   channel_max=256, z_dim=128, w_dim=128, coarse_samples=24, fine_samples=24, batch_size=32,
                   batch_gpu=32, kimg=400, r1_gamma=0.5, ema_kimg=4, density_noise_kimg=80, adaptor_kimg=160,
                   camera_reg_kimg=120, patch_kimg=160, blur_sigma=4.0, blur_kimg=10, snapshot_kimg=25, log_kimg=1,
-                  **SHORT),
+                  metrics="fid2k,nfs64", metrics_kimg=25, detector="area8", reals=2048, **SHORT),
     "base": dict(),
     "imagenet": dict(channel_base=65536, channel_max=1024),
 }
@@ -320,6 +373,15 @@ class ImageData:
     def __getstate__(self):
         return {**self.__dict__, "zip": None, "zip_pid": None}
 
+    def fingerprint(self):
+        """Tells apart data that differ, without reading them all."""
+        if self.source.is_file():
+            with zipfile.ZipFile(self.source) as z:
+                found = [(i.filename, i.CRC) for i in z.infolist()]
+        else:
+            found = [(f, s.st_size, s.st_mtime_ns) for f in self.names for s in [(self.source / f).stat()]]
+        return hashlib.sha256(repr((found, self.labels.tolist())).encode()).hexdigest()
+
     def __len__(self):
         return len(self.names)
 
@@ -380,6 +442,9 @@ class ShapesData:
 
     def __len__(self):
         return 40_000
+
+    def fingerprint(self):
+        return "shapes", self.distortion, self.far, hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
     @staticmethod
     def true_camera(rng, label):
@@ -1150,13 +1215,10 @@ class Generator(nn.Module):
             sigma_raw = sigma_raw + self.density_noise * torch.randn_like(sigma_raw)
         return rgb.view(*depths.shape, 3), sigma_raw.view(depths.shape)
 
-    def render(self, planes, camera, resolution, patch=None):
-        """planes (B, 3, C, T, T), a Camera and, if wanted, a Patch of B -> rgb (B, 3, H, W), depth (B, 1, H, W)"""
-        cfg, random = self.cfg, self.training
-        origins, directions = camera_rays(camera, resolution, patch)                   # (B, R, 3)
+    def sample_rays(self, planes, origins, directions):
+        """Coarse and importance samples on rays (B, R, 3), sorted. -> rgb (B, R, S, 3), sigma_raw and depths (B, R, S)"""
+        cfg, random, fused = self.cfg, self.training, self.cfg.fused and has_custom_ops(planes.device.type)
         B, R, _ = directions.shape
-        fused = cfg.fused and has_custom_ops(planes.device.type)
-        planes = channels_last(planes) if fused else planes
         coarse = stratified_depths(cfg.near, cfg.far, (B, R), cfg.coarse_samples, random, planes.device)
         rgb, sigma = self.query(planes, origins, directions, coarse, fused)
         u = (torch.rand(B, R, cfg.fine_samples, device=planes.device) if random else
@@ -1166,8 +1228,26 @@ class Generator(nn.Module):
         fine_rgb, fine_sigma = self.query(planes, origins, directions, fine, fused)
         depths, order = torch.cat([coarse, fine], -1).sort(-1)                         # (B, R, S)
         rgb = torch.cat([rgb, fine_rgb], -2).gather(-2, order[..., None].expand(-1, -1, -1, 3))
-        rgb, depth, _ = march_rays(rgb, torch.cat([sigma, fine_sigma], -1).gather(-1, order), depths)
-        shape = (B, -1, resolution, resolution)
+        return rgb, torch.cat([sigma, fine_sigma], -1).gather(-1, order), depths
+
+    def render(self, planes, camera, resolution, patch=None, chunk=2 ** 14, cut=False):
+        """planes (B, 3, C, T, T), a Camera and, if wanted, a Patch of B -> rgb (B, 3, H, W), depth (B, 1, H, W)
+
+        In evaluation mode `chunk` rays at a time, which bounds the memory and changes nothing; cut: an image's densities
+        below their median count as 0.
+        """
+        if self.cfg.fused and has_custom_ops(planes.device.type):
+            planes = channels_last(planes)
+        rays = camera_rays(camera, resolution, patch)                                  # 2 x (B, R, 3)
+        rays = [rays] if self.training else zip(*(x.split(max(1, chunk // len(x)), 1) for x in rays))
+        samples = (self.sample_rays(planes, *r) for r in rays)
+        if cut:
+            samples = list(samples)
+            median = torch.cat([sigma.flatten(1) for _, sigma, _ in samples], 1).median(1).values.view(-1, 1, 1)
+            samples = [(rgb, sigma.masked_fill(sigma < median, -math.inf), depths) for rgb, sigma, depths in samples]
+        parts = [march_rays(*x)[:2] for x in samples]                                  # all but the weights
+        rgb, depth = (torch.cat(x, 1) for x in zip(*parts)) if len(parts) > 1 else parts[0]
+        shape = (len(planes), -1, resolution, resolution)
         return rgb.transpose(1, 2).reshape(shape), depth.reshape(shape)
 
     def mapping(self, z, c):
@@ -1180,6 +1260,14 @@ class Generator(nn.Module):
         if self.camera_generator is not None:
             return self.camera_generator(prior, z, c)
         return prior if self.cfg.camera == "prior" else frontal_camera(self.cfg, len(z), z.device)
+
+def mean_camera(G, c, draws=64):
+    """The mean of the posterior cameras of each class in c (B,). -> Camera of B"""
+    seed_draws(G.cfg.seed, -1, "mean camera", 0)
+    z, _, prior = draw_latents(G.cfg, draws, c)        # the same draws for all
+    many = Camera(*(x.repeat(len(c), *[1] * (x.ndim - 1)) for x in prior))
+    posterior = G.pose(many, z.repeat(len(c), 1), c.repeat_interleave(draws))
+    return Camera(*(x.view(len(c), draws, *x.shape[1:]).mean(1) for x in posterior))
 
 def autocast(cfg, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
@@ -1295,29 +1383,33 @@ class Discriminator(nn.Module):
             return (x * m).sum(1) / math.sqrt(m.shape[1]), features
 
 class Teacher(nn.Module):
-    """A frozen timm classifier's pooled features of whole images in [-1, 1]. (B, 3, H, W) -> (B, teacher_dim)"""
+    """A frozen timm classifier's pooled features of whole images in [-1, 1]. (B, 3, H, W) -> (B, teacher_dim)
 
-    def __init__(self, name, weights=""):
+    head: keep its last layer, `model.get_classifier()`, which makes class scores of the features.
+    """
+    def __init__(self, name, weights="", flag="--teacher", head=False):
         super().__init__()
         import timm  # only who distils needs it; its import takes seconds
         if not timm.is_model(name):
-            raise UserError(f"--teacher {name}: timm has no model of that name; see timm.list_models()")
+            raise UserError(f"{flag} {name}: timm has no model of that name; see timm.list_models()")
+        given = f"{flag} timm:{name}:" if head else f"{flag}-weights "
+        kind = {} if head else dict(num_classes=0)
         if weights:
-            self.model = timm.create_model(name, pretrained=False, num_classes=0)
-            state = load_tensors(weights, "--teacher-weights")
+            self.model = timm.create_model(name, pretrained=False, **kind)
+            state = load_tensors(weights, given.rstrip())
             own = self.model.state_dict()
             state = state if isinstance(state, dict) else {}
             wrong = [k for k in own if getattr(state.get(k), "shape", None) != own[k].shape]
             if wrong:
-                raise UserError(f"--teacher-weights {weights}: not weights of {name}: {len(wrong)} parameters are "
-                                f"missing or of another shape, the first is {wrong[0]}")
+                raise UserError(f"{given}{weights}: not weights of {name}: {len(wrong)} parameters are missing or of "
+                                f"another shape, the first is {wrong[0]}")
             self.model.load_state_dict({k: state[k] for k in own})
         else:
             try:
-                self.model = timm.create_model(name, pretrained=True, num_classes=0)
+                self.model = timm.create_model(name, pretrained=True, **kind)
             except Exception as e:  # timm and the hub raise many kinds
-                raise UserError(f"--teacher {name}: its weights could not be downloaded ({type(e).__name__}); give a "
-                                "local file with --teacher-weights, or --teacher none") from None
+                raise UserError(f"{flag} {name}: its weights could not be downloaded ({type(e).__name__}); give a "
+                                f"local file by {given}FILE") from None
         self.eval().requires_grad_(False)
         data = timm.data.resolve_model_data_config(self.model)
         self.size = data["input_size"][-1]
@@ -1328,7 +1420,8 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward(self, image):
         x = F.interpolate(image, (self.size, self.size), mode="bicubic", antialias=True)
-        return self.model(((x + 1) / 2 - self.mean) / self.std).float()
+        x = self.model.forward_features(((x + 1) / 2 - self.mean) / self.std)
+        return self.model.forward_head(x, pre_logits=True).float()
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Losses (paper section 3.5)
@@ -1385,28 +1478,7 @@ def camera_regularizer(G, labels, kimg):
                       camera_mean=p.mean(0), camera_std=p.std(0))
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Metrics: what a run logs about itself
-
-class Moments:
-    """Mean and covariance of named features, in float64, over processes (each must add every name)."""
-
-    def __init__(self):
-        self.parts = {}
-
-    def add(self, **features):  # (B, F) each
-        for name, x in features.items():
-            x = F.pad(x.double(), (1, 0), value=1.0)    # with a one in front, x^T x holds count, sum and products
-            self.parts[name] = self.parts.get(name, 0) + x.t() @ x
-
-    def result(self):
-        """-> {name: (mean (F,), covariance (F, F))}"""
-        out = {}
-        for name, total in self.parts.items():
-            if dist.is_initialized():
-                dist.all_reduce(total)
-            n, mean = total[0, 0], total[0, 1:] / total[0, 0]
-            out[name] = mean, (total[1:, 1:] - n * torch.outer(mean, mean)) / (n - 1)
-        return out
+# Metrics: distances between samples and data, and what is known where the data know the truth
 
 def frechet_distance(a, b):
     """Frechet distance of two Gaussians, each (mean (F,), covariance (F, F)) in float64; nan if one is not finite."""
@@ -1428,15 +1500,176 @@ def wasserstein_1d(a, b):
     """First Wasserstein distance of two sets of scalars of equal size, per column. (n, K), (n, K) -> (K,)"""
     return (a.sort(0).values - b.sort(0).values).abs().mean(0)
 
-def distance_features(image, teacher):
-    """What distances are measured on: 8x8 area averages of all channels (where things are, their colour and depth) and
-    of depth alone, and the teacher's features. image (B, 3 or 4, H, W) -> {name: (B, F)}"""
-    out = dict(rgbd8=F.adaptive_avg_pool2d(image, 8).flatten(1))
-    if image.shape[1] == 4:
-        out["depth8"] = F.adaptive_avg_pool2d(image[:, 3:], 8).flatten(1)
-    if teacher is not None:
-        out["teacher"] = teacher(image[:, :3].clamp(-1, 1))
+def kernel_distance(a, b, subsets=100, size=1000):
+    """KID (Binkowski et al. 2018): unbiased squared MMD with the kernel (x.y / F + 1)³, mean over random subsets."""
+    random, n, total = torch.Generator().manual_seed(0), min(size, len(a), len(b)), 0.0
+    kernel = lambda x, y: (x @ y.t() / x.shape[1] + 1) ** 3
+    for _ in range(subsets):
+        x, y = (t[torch.randperm(len(t), generator=random)[:n].to(t.device)].double() for t in (a, b))
+        xx, yy = kernel(x, x), kernel(y, y)
+        total += float((xx.sum() - xx.trace() + yy.sum() - yy.trace()) / (n * (n - 1)) - 2 * kernel(x, y).mean())
+    return total / subsets
+
+def precision_recall(real, fake, k=3):
+    """Share of fakes that lie among the reals, within some real's distance to its k-th neighbour, and the reverse
+    (Kynkaanniemi et al. 2019). (N, F), (M, F) -> precision, recall"""
+    def covered(x, by):
+        radius = torch.cat([torch.cdist(part, by).kthvalue(k + 1).values for part in by.split(1000)])   # 1st: itself
+        return float(torch.cat([(torch.cdist(part, by) <= radius).any(1) for part in x.split(1000)]).double().mean())
+    return covered(fake, real), covered(real, fake)
+
+def inception_score(p, splits=10):
+    """exp of the mean divergence of class probabilities p (N, K) from their mean, averaged over splits."""
+    parts = [x.double().clamp(min=1e-16) for x in p.tensor_split(splits) if len(x)]
+    return sum(float((x * (x.log() - x.mean(0).log())).sum(1).mean().exp()) for x in parts) / len(parts)
+
+INCEPTION = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
+
+class Detector:
+    """What images are compared by. images (B, 3 or 4, H, W) in [-1, 1] -> features (B, F) and class probabilities side
+    by side. name: "inception" (the field's TorchScript file, downloaded), such a file, "timm:NAME[:WEIGHTS]", or
+    "area8", 8x8 area averages of all channels: where things are, their colour and depth.
+
+    label is "" for Inception; numbers of all others must carry it.
+    """
+    def __init__(self, name, device):
+        kind, self.label, self.file, self.width = name.partition(":")[0], name, "", None
+        if kind == "timm":
+            self.label, _, self.file = name[5:].partition(":")
+            net = Teacher(self.label, self.file, "--detector", head=True).to(device)
+            self.measure = lambda x: (f := net(x[:, :3].clamp(-1, 1)), net.model.get_classifier()(f).softmax(1))
+        elif kind == "area8":
+            self.measure = lambda x: (F.adaptive_avg_pool2d(x, 8).flatten(1), x.new_zeros(len(x), 0))
+        else:
+            known = Path(torch.hub.get_dir()) / "checkpoints" / Path(INCEPTION).name
+            self.file = known if name == "inception" else Path(name)
+            self.label = "" if self.file.stem == known.stem else self.file.stem
+            try:
+                if name == "inception" and not known.exists():
+                    known.parent.mkdir(parents=True, exist_ok=True)
+                    torch.hub.download_url_to_file(INCEPTION, str(known), progress=distributed()[0] == 0)
+                net = torch.jit.load(self.file, map_location=device).eval()
+            except Exception as e:  # urllib and torch raise anything
+                raise UserError(f"--detector {name}: cannot {'download ' + INCEPTION if name == 'inception' else 'read'} "
+                                f"({str(e).splitlines()[0]}); give its file by --detector FILE, or another network by "
+                                "--detector timm:NAME[:WEIGHTS]") from None
+            def measure(x):
+                x = (x[:, :3] * 127.5 + 128).clamp(0, 255).byte()
+                return net(x, return_features=True), net(x, no_output_bias=True)
+            self.measure = measure
+        if kind != "area8":
+            self.width = self.measure(torch.zeros(1, 3, 64, 64, device=device))[0].shape[1]
+
+    def __call__(self, image):
+        return torch.cat([x.float() for x in self.measure(image)], 1)
+
+def open_detector(options, device):
+    """Checks --metrics and --detector. -> Detector, or None where no metric needs one"""
+    kinds = {kind for kind, _, _ in parse_metrics(options.metrics)}
+    if "is" in kinds and options.detector == "area8":
+        raise UserError("--metrics: area8 gives no class probabilities, which is needs; choose another --detector")
+    return Detector(options.detector, device) if kinds - {"nfs"} else None
+
+def parse_metrics(text):
+    """"fid50k,nfs256" -> [("fid", "50k", 50000), ("nfs", "256", 256)]. Below 10k, k is 1,024, as in the field."""
+    out = []
+    for item in text.split(",") if text else []:
+        found = re.fullmatch(r"(fid|kid|is|pr|nfs)(\d{1,6})(k?)", item)
+        n = int(found[2]) * ((1024 if int(found[2]) < 10 else 1000) if found[3] else 1) if found else 0
+        if n < 8:
+            raise UserError(f"--metrics {item}: must be fid, kid, is, pr or nfs and a number from 8 on, as in fid50k")
+        out.append((found[1], found[2] + found[3], n))
     return out
+
+def share(n, rank, world):
+    """Items of this process when n are dealt out; all get the same number, so that some wrap round."""
+    return [i % n for i in range(rank, -(-n // world) * world, world)]
+
+def collect(batches, n, keep, rank, world):
+    """Put together what all processes measured. `batches` yields (B, F) for the items of `share`.
+    -> the first `keep` rows (keep, F); mean (F,) and covariance (F, F) of all n in float64"""
+    parts, total, i = [], 0, rank
+    for x in batches:
+        counts = torch.arange(i, i + world * len(x), world, device=x.device) < n     # not those that wrapped
+        y = F.pad(x.double(), (1, 0), value=1.0) * counts[:, None]  # a one in front: y^T y has count, sum and products
+        parts, total, i = [*parts, x] if i < keep else parts, total + y.t() @ y, i + world * len(x)
+    x = torch.cat(parts)[:-(-keep // world)]
+    if world > 1:
+        dist.all_reduce(total)
+        parts = [torch.empty_like(x) for _ in range(world)]
+        dist.all_gather(parts, x)
+        x = torch.stack(parts, 1).flatten(0, 1)
+    mean = total[0, 1:] / n
+    return x[:keep], mean, (total[1:, 1:] - n * torch.outer(mean, mean)) / (n - 1)
+
+def real_statistics(cfg, data, detector, device, reals, keep, rank, world):
+    """What `collect` says of the data (and its mirror image), or of `reals` of them; kept on disk. -> as `collect`"""
+    total = len(data) * (2 if cfg.mirror else 1)
+    n = min(reals or total, total)
+    weights = Path(detector.file).read_bytes() if detector.file else b""
+    key = repr((data.fingerprint(), cfg.resolution, cfg.mirror, cfg.depth, detector.label, n, keep)).encode() + weights
+    path = Path(torch.hub.get_dir()) / "3dgp" / f"{hashlib.sha256(key).hexdigest()[:24]}.pt"
+    if not any_process(not path.exists(), device):
+        return [x.to(device) for x in load_tensors(path, "cached statistics")]
+    order = np.random.default_rng(0).permutation(total)[share(n, rank, world)].tolist()
+    loader = torch.utils.data.DataLoader(torch.utils.data.Subset(MirroredData(data), order), images_at_once(cfg),
+                                         num_workers=cfg.workers, collate_fn=collate, worker_init_fn=ignore_signals)
+    stats = collect((detector(real_images(b, device)) for b in tqdm(loader, "measuring the data", **bar(rank))), n,
+                    min(keep, n), rank, world)
+    if distributed()[2] == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic(path) as tmp:
+            torch.save([x.cpu() for x in stats], tmp)
+    return stats
+
+def images_at_once(cfg):
+    return max(1, min(16, 2 ** 18 // cfg.resolution ** 2))     # 512² within memory
+
+def bar(rank):
+    return dict(unit="batch", disable=rank > 0, leave=False)
+
+def adapted_depth(G, depth):
+    return G.depth_adaptor.candidates(depth)[evaluation_level(G.cfg)]
+
+@torch.no_grad()
+def evaluate(G, data, labels, metrics, detector, reals, rank, world):
+    """Metrics of G (in evaluation mode), over all processes; draws are the same at every call, however many there are.
+    -> {name: number or list}. Only Inception's numbers are called fid, kid and is."""
+    cfg, device, wanted, out = G.cfg, labels.device, parse_metrics(metrics), {}
+    n = max((k for kind, _, k in wanted if kind != "nfs"), default=0)
+    seed_draws(cfg.seed, -1, "evaluate", 0)
+    z, c, prior = draw_latents(cfg, max(k for _, _, k in wanted), labels)
+
+    def batches(n, desc, measure):
+        for i in tqdm(torch.tensor(share(n, rank, world), device=device).split(images_at_once(cfg)), desc, **bar(rank)):
+            yield measure(i, G.backbone(G.mapping(z[i], c[i])))
+
+    def features(i, planes):
+        image, depth = G.render(planes, G.pose(Camera(*(x[i] for x in prior)), z[i], c[i]), cfg.resolution)
+        return detector(image if G.depth_adaptor is None else torch.cat([image, adapted_depth(G, depth)], 1))
+
+    def flatness(i, planes):
+        _, depth = G.render(planes, mean_camera(G, c[i]), cfg.resolution, cut=True)
+        return non_flatness_score(depth, cfg.near, cfg.far)[:, None]
+
+    if n:
+        real, *gaussian = real_statistics(cfg, data, detector, device, reals, n, rank, world)
+        fake = collect(batches(n, "measuring samples", features), n, n, rank, world)[0]
+        F_ = detector.width
+    for kind, count, k in wanted:
+        name = lambda own, other: f"{own}{count}" if detector and not detector.label else f"{other}{count}[{detector.label}]"
+        if kind == "fid":
+            x = fake[:k, :F_].double()
+            out[name("fid", "fd")] = frechet_distance((gaussian[0][:F_], gaussian[1][:F_, :F_]), (x.mean(0), x.t().cov()))
+        elif kind == "kid":
+            out[name("kid", "kd")] = kernel_distance(real[:k, :F_], fake[:k, :F_])
+        elif kind == "pr":
+            out[name("precision", "precision")], out[name("recall", "recall")] = precision_recall(real[:k, :F_], fake[:k, :F_])
+        elif kind == "is":
+            out[name("is", "score")] = inception_score(fake[:k, F_:])
+        else:
+            out[f"nfs{count}"] = float(collect(batches(k, "measuring depth", flatness), k, k, rank, world)[1])
+    return {**out, **evaluate_truth(G, data, labels)} if isinstance(data, ShapesData) else out
 
 def load_items(data, indices, device):
     """Items of the data as one batch on the device, with `real` (B, 3 or 4, R, R) in [-1, 1]."""
@@ -1444,56 +1677,35 @@ def load_items(data, indices, device):
     return {**batch, "real": real_images(batch, device)}
 
 @torch.no_grad()
-def evaluate(G, data, teacher, labels, rank, world, cache):
-    """Distances between renders of G (in evaluation mode) and the data, over all processes. -> {name: number or list}
-
-    `cache` (a dict) keeps the data's side. Draws are the same at every call, however many processes there are.
-    """
-    cfg, device = G.cfg, labels.device
-    n = min(cfg.eval_images, len(data))
-    size = max(1, min(16, n // world, 2 ** 18 // cfg.resolution ** 2))    # the last keeps 512² within memory
-    chunks = [range(first, min(first + size, n)) for first in range(rank * size, n, world * size)]
-    bar = dict(unit="batch", disable=rank > 0, leave=False)
-    if not cache:
-        order, moments = np.random.default_rng(0).permutation(len(data)), Moments()
-        for chunk in tqdm(chunks, desc="measuring the data", **bar):
-            moments.add(**distance_features(load_items(data, order[chunk].tolist(), device)["real"], teacher))
-        cache.update(moments.result())
-    moments = Moments()
-    for chunk in tqdm(chunks, desc="measuring samples", **bar):
-        seed_draws(cfg.seed, -1, "evaluate", chunk[0])
-        z, c, prior = draw_latents(cfg, len(chunk), labels)
-        image, depth = G.render(G.backbone(G.mapping(z, c)), G.pose(prior, z, c), cfg.resolution)
-        if G.depth_adaptor is not None:
-            adapted = G.depth_adaptor.candidates(depth)[evaluation_level(cfg)]
-            moments.add(raw8=F.adaptive_avg_pool2d(G.depth_adaptor.normalize(depth), 8).flatten(1))
-            image = torch.cat([image, adapted], 1)
-        moments.add(**distance_features(image, teacher), entropy=non_flatness_score(depth, cfg.near, cfg.far)[:, None])
-    fake = moments.result()
-    out = {f"fd_{name}": frechet_distance(cache[name], fake[name]) for name in cache}
-    if G.depth_adaptor is not None:  # is adapted depth closer to estimated depth than raw depth is?
-        out["fd_raw_depth8"] = frechet_distance(cache["depth8"], fake["raw8"])
-    out["depth_entropy"] = float(fake["entropy"][0])   # the non-flatness score, but from cameras of the posterior
-    return {**out, **evaluate_truth(G, data, labels)} if isinstance(data, ShapesData) else out
-
-@torch.no_grad()
-def evaluate_truth(G, data, labels, n=1024):
-    """Where the truth is known: per camera parameter, the distance of posterior and prior to the true cameras; and the
-    mean absolute difference of adapted and raw true depth to the estimated one. -> {name: number or list}"""
+def evaluate_truth(G, data, labels, n=512):
+    """Where the truth is known, from n samples: per camera parameter, the distance of posterior and prior to the true
+    cameras; the mean absolute difference of adapted and raw true depth to the estimated one; that of rendered depth
+    (world units) to the true depth of the image with the most similar colours, and what it is for images of the data
+    themselves; Frechet distances of rendered depth to the estimated one. -> {name: number or list}"""
     seed_draws(G.cfg.seed, -1, "evaluate_truth", 0)
     z, c, prior = draw_latents(G.cfg, n, labels)
     def centred(p):  # mean yaw and pitch are no property of the data: the scene can turn instead
         return torch.cat([p[:, :2] - p[:, :2].mean(0), p[:, 2:]], 1)
-    true, out = data.true_cameras(n).to(z.device), {}
-    for name, camera in (("posterior", G.pose(prior, z, c)), ("prior", prior)):
+    true, out, posterior = data.true_cameras(n).to(z.device), {}, G.pose(prior, z, c)
+    for name, camera in (("posterior", posterior), ("prior", prior)):
         p = camera_parameters(camera)
         out.update({f"camera_w1_{name}": wasserstein_1d(centred(p), centred(true)).tolist(),
                     f"camera_mean_{name}": p.mean(0).tolist(), f"camera_std_{name}": p.std(0).tolist()})
+    batch, small = load_items(data, range(n), z.device), lambda x: F.adaptive_avg_pool2d(x, 8).flatten(1)
+    depths = batch["true_depth"].to(z.device)
+    color, depth = zip(*(G.render(G.backbone(G.mapping(z[i], c[i])), Camera(*(x[i] for x in posterior)), G.cfg.resolution)
+                         for i in torch.arange(n, device=z.device).split(images_at_once(G.cfg))))
+    color, depth = torch.cat(color), torch.cat(depth)
+    x, y = small(batch["real"][:, :3]), small(color)
+    for name, near, d in (("depth_error_render", torch.cdist(y, x).argmin(1), depth),
+                          ("depth_error_data", torch.cdist(x, x).fill_diagonal_(math.inf).argmin(1), depths)):
+        out[name] = float((d - depths[near]).abs().mean())
     if G.depth_adaptor is not None:
-        batch = load_items(data, range(64), z.device)
-        candidates = G.depth_adaptor.candidates(batch["true_depth"].to(z.device))
-        error = (candidates - batch["real"][:, 3:]).abs().flatten(1).mean(1)
-        out.update(depth_error_raw=float(error[0]), depth_error_adapted=float(error[evaluation_level(G.cfg)]))
+        real = batch["real"][:, 3:]
+        gauss = lambda x: (lambda f: (f.mean(0), f.t().cov()))(small(x).double())
+        for name, level in (("raw", 0), ("adapted", evaluation_level(G.cfg))):
+            out[f"depth_error_{name}"] = float((G.depth_adaptor.candidates(depths)[level] - real).abs().mean())
+            out[f"depth_fd_{name}"] = frechet_distance(gauss(real), gauss(G.depth_adaptor.candidates(depth)[level]))
     return out
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1512,10 +1724,10 @@ def atomic(path):
     finally:
         tmp.unlink(missing_ok=True)
 
-def load_tensors(path, flag):
+def load_tensors(path, flag, **kind):
     """torch.load that runs no code, with one clear line when it fails."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, **kind)
     except Exception as e:  # a damaged or foreign file raises anything
         missing = isinstance(e, FileNotFoundError)
         reason = "no such file" if missing else f"not a readable file of tensors ({type(e).__name__})"
@@ -1651,15 +1863,15 @@ def adam(params, lr, interval=None):
     return torch.optim.Adam(params, lr=lr * ratio, betas=(0.0, 0.99 ** ratio), eps=1e-8)
 
 # On resuming, these options may be set anew; all others are the checkpoint's.
-FREE_ON_RESUME = {"out", "resume", "device", "workers", "kimg", "snapshot_kimg", "log_kimg", "eval_images", "precision",
-                  "teacher_weights", "depth_weights", "batch_gpu", "data", "fused"}
+FREE_ON_RESUME = {"out", "resume", "device", "workers", "kimg", "snapshot_kimg", "log_kimg", "metrics", "metrics_kimg",
+                  "detector", "reals", "precision", "teacher_weights", "depth_weights", "batch_gpu", "data", "fused"}
 
 def run_file(out, kind, images, suffix):
     return Path(out) / f"{kind}-{images / 1000:010.3f}.{suffix}"
 
-def save_checkpoint(out, cfg, state, modules):
+def save_checkpoint(path, cfg, state, modules):
     """A dict of plain tensors and numbers. Random states need no place in it: see seed_draws."""
-    with atomic(run_file(out, "checkpoint", state["images"], "pt")) as tmp:
+    with atomic(path) as tmp:
         try:
             torch.save({"config": dataclasses.asdict(cfg), **state, **{k: m.state_dict() for k, m in modules.items()}},
                        tmp)
@@ -1669,10 +1881,31 @@ def save_checkpoint(out, cfg, state, modules):
 STATE = {"config", "step", "images", "seconds", "G", "D", "G_ema", "opt_g", "opt_d"}
 
 def load_checkpoint(path):
-    state = load_tensors(path, "--resume")
+    """path: a checkpoint, or a run folder for its newest. -> path, Config, state"""
+    path = max(Path(path).glob("checkpoint-*.pt"), default=Path(path))
+    if path.is_dir():
+        raise UserError(f"--resume: no checkpoint in {path}")
+    state = load_tensors(path, "--resume", mmap=True)
     if not isinstance(state, dict) or not STATE <= {*state}:
         raise UserError(f"--resume {path}: not a checkpoint of this program")
-    return state
+    try:
+        return path, Config(**state["config"]), state
+    except TypeError as e:
+        raise UserError(f"--resume {path}: of another version of this program ({e})") from None
+
+def load_generator(options):
+    """The averaged generator of the checkpoint options.resume. -> Generator in evaluation mode, path, thousands of images seen"""
+    if not options.resume:
+        raise UserError("--resume: name a checkpoint, or the folder of a run")
+    path, cfg, state = load_checkpoint(options.resume)
+    device = choose_device(options, distributed()[2])
+    try:
+        validate(cfg, 1)
+        G = Generator(cfg)
+        G.load_state_dict(state["G_ema"])
+        return G.to(device).eval().requires_grad_(False), path, state["images"] / 1000
+    except Exception as e:  # whatever a foreign or damaged state leads to
+        raise UserError(f"--resume {path}: does not fit its own configuration ({type(e).__name__})") from None
 
 def distributed():
     """-> rank, processes, and the rank on this machine, as torchrun says."""
@@ -1698,7 +1931,8 @@ def validate(cfg, world):
         check(not f.name.startswith("prior_") or v[0] < v[1], f"{flag}: the first number must be less than the second")
     check(0 <= cfg.prior_pitch[0] and cfg.prior_pitch[1] <= math.pi, "--prior-pitch: must lie between 0 and pi")
     for name in ("batch_size", "batch_gpu", "triplane_features", "channel_base", "channel_max", "adaptor_channels",
-                 "z_dim", "w_dim", "r1_interval", "kimg", "snapshot_kimg", "log_kimg", "box", "fine_samples"):
+                 "z_dim", "w_dim", "r1_interval", "kimg", "snapshot_kimg", "log_kimg", "metrics_kimg",
+                 "box", "fine_samples"):
         check(getattr(cfg, name) > 0, f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be positive")
     check(min(cfg.patch_beta) > 0, "--patch-beta: must be positive")
     check(cfg.prior_fov[1] < 180, "--prior-fov: must stay below 180 degrees")
@@ -1737,6 +1971,7 @@ def train(cfg, resumed=None):
     device = choose_device(cfg, local_rank)
     data = open_data(cfg)
     teacher = Teacher(cfg.teacher, cfg.teacher_weights).to(device) if cfg.teacher != "none" else None
+    detector = open_detector(cfg, device)
     for name, found in (("num_classes", data.num_classes), ("teacher_dim", teacher.dim if teacher else 0)):
         wanted = getattr(cfg, name)
         if wanted != found and (wanted or resumed):
@@ -1782,10 +2017,11 @@ def train(cfg, resumed=None):
         write_reals(data, out / "reals.png")
         with atomic(out / "config.json") as tmp:
             tmp.write_text(json.dumps(dataclasses.asdict(cfg), indent=2))
-        if resumed and (out / "log.jsonl").exists():  # forget what was logged after the checkpoint
-            lines = [x for x in (out / "log.jsonl").read_text().splitlines() if logged_kimg(x) <= images / 1000]
-            with atomic(out / "log.jsonl") as tmp:
-                tmp.write_text("".join(f"{x}\n" for x in lines))
+        for path in (out / "log.jsonl", out / "metrics.jsonl"):
+            if resumed and path.exists():    # forget what was logged after the checkpoint
+                lines = [x for x in path.read_text().splitlines() if parse_line(x).get("kimg", math.inf) <= images / 1000]
+                with atomic(path) as tmp:
+                    tmp.write_text("".join(f"{x}\n" for x in lines))
     count = sum(p.numel() for p in G.parameters()) / 1e6, sum(p.numel() for p in D.parameters()) / 1e6
     say(f"{cfg.data}: {len(data):,} images, {cfg.num_classes or 'no'} classes; {cfg.resolution}², patches "
         f"{cfg.patch_resolution}², {'RGB and depth' if cfg.depth != 'none' else 'RGB alone'}; teacher {cfg.teacher}\n"
@@ -1795,33 +2031,30 @@ def train(cfg, resumed=None):
     loader = torch.utils.data.DataLoader(
         MirroredData(data), batch_sampler=Batches(cfg, len(data), step, rank, world), num_workers=cfg.workers,
         collate_fn=collate, pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
-    stats, bad_names, cache, start = Averages(), {}, {}, time.time()   # bad_names: name -> already said
+    stats, bad_names, start = Averages(), {}, time.time()   # bad_names: name -> already said
     stop = []
     handlers = {s: signal.signal(s, lambda *_: stop.append(1)) for s in (signal.SIGINT, signal.SIGTERM)}
 
-    def log(entry):
-        if rank == 0:
-            with open(out / "log.jsonl", "a") as f:
-                f.write(json.dumps({"kimg": round(images / 1000, 3), **entry}) + "\n")
+    def save(name):
+        save_checkpoint(name, cfg, dict(step=step, images=images, seconds=seconds_before + time.time() - start), modules)
 
-    def snapshot(measure=True):
+    def snapshot():
         if rank == 0:
             if step:
-                save_checkpoint(out, cfg, dict(step=step, images=images,
-                                               seconds=seconds_before + time.time() - start), modules)
+                save(run_file(out, "checkpoint", images, "pt"))
             write_samples(ema, labels, run_file(out, "samples", images, "png"))
-        if measure and min(cfg.eval_images, len(data)) >= max(2, world):
-            result = evaluate(ema, data, teacher, labels, rank, world, cache)
-            log(dict(metrics=result))
-            say(f"{images / 1000:g} kimg: " + ", ".join(f"{k} {v:.4g}" for k, v in result.items()
-                                                          if isinstance(v, float)), flush=True)
 
     def crossed(every):
         every = max(1, round(every * 1000))
         return images // every > (images - cfg.batch_size) // every
 
+    def metrics():
+        if cfg.metrics and measure(out / "metrics.jsonl", images / 1000, ema, data, labels, cfg, detector, rank, world):
+            save(out / "best.pt")
+
     if not resumed:
         snapshot()
+        metrics()
     bar = tqdm(total=total_steps * cfg.batch_size, initial=images, unit="img", disable=rank > 0,
                mininterval=0.5 if sys.stderr.isatty() else 30)
     tick_time, tick_images, first = time.time(), images, rank * share
@@ -1857,11 +2090,15 @@ def train(cfg, resumed=None):
                              memory_mb=memory(device)[1] / 2 ** 20, unreadable=len(bad_names),
                              schedules=schedules(cfg, images / 1000))
                 tick_time, tick_images = now, images
-                log(entry)
+                if rank == 0:
+                    append_line(out / "log.jsonl", kimg=round(images / 1000, 3), **entry)
                 shown = ("loss_g", "score_real", "score_fake", "kd_distance")
                 bar.set_postfix({k: f"{entry[k]:.3g}" for k in shown if k in entry})
             if done or crossed(cfg.snapshot_kimg):
-                snapshot(measure=not stopped)
+                snapshot()
+            if not stopped and (done or crossed(cfg.metrics_kimg)):
+                metrics()
+            if done or crossed(cfg.snapshot_kimg) or crossed(cfg.metrics_kimg):
                 tick_time, tick_images = time.time(), images
             if done:
                 break
@@ -1873,12 +2110,28 @@ def train(cfg, resumed=None):
     if world > 1:
         dist.destroy_process_group()
 
-def logged_kimg(line):
-    """Of a line of log.jsonl; infinite for one that a crash cut short."""
+def parse_line(line):
+    """A line of a .jsonl file as a dict; empty for one that a crash cut short."""
     try:
-        return json.loads(line)["kimg"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+        return dict(json.loads(line))
+    except (ValueError, TypeError):
+        return {}
+
+def append_line(path, **entry):
+    with open(path, "a") as f:
+        f.write(json.dumps(entry) + "\n")
+
+def measure(path, kimg, G, data, labels, options, detector, rank, world):
+    """`evaluate`, printed and appended to a file. -> whether the first number is the best in it"""
+    result = evaluate(G, data, labels, options.metrics, detector, options.reals, rank, world)
+    if rank:
+        return False
+    append_line(path, kimg=kimg, data=G.cfg.data, reals=options.reals, **result)
+    for name, value in result.items():
+        if isinstance(value, float):
+            tqdm.write(f"{kimg:g} kimg: {name} {value:.4g}")
+    first, sign = next(iter(result)), 1 if next(iter(result))[:2] in ("fi", "fd", "ki", "kd") else -1
+    return sign * result[first] <= min(sign * x[first] for x in map(parse_line, path.read_text().splitlines()) if first in x)
 
 def ignore_signals(_):
     """In data workers: the training process decides when to stop."""
@@ -1918,20 +2171,22 @@ def check_readable(bad_names, images, cfg):
 # ----------------------------------------------------------------------------------------------------------------------
 # Sampling: pictures
 
-def to_picture(rgb, depth=None, near=None, far=None):
-    """rgb (3, H, W) in [-1, 1] and, below it, depth (1, H, W), near black and far white. -> uint8 (H or 2H, W, 3)"""
+def to_picture(rgb, depth=None, near=None, far=None, dim=1):
+    """rgb (3, H, W) in [-1, 1] and below it (dim 2: beside it) depth (1, H, W), near black. -> uint8 (H or 2H, ., 3)"""
     x = (rgb.clamp(-1, 1) + 1) / 2
     if depth is not None:
-        x = torch.cat([x, ((depth - near) / max(far - near, 1e-6)).clamp(0, 1).expand(3, -1, -1)], 1)
+        x = torch.cat([x, ((depth - near) / max(far - near, 1e-6)).clamp(0, 1).expand(3, -1, -1)], dim)
     return (x * 255).round().byte().permute(1, 2, 0).cpu().numpy()
 
-def write_grid(cells, columns, path, at_least=96):
-    """A PNG of equal pictures (H, W, 3), row by row; small ones are enlarged without smoothing: pixels stay visible."""
+def tile(cells, columns, at_least=96):
+    """Equal pictures (H, W, 3), row by row; small ones are enlarged without smoothing: pixels stay visible."""
     rows_ = [np.concatenate(cells[i:i + columns], 1) for i in range(0, len(cells) - columns + 1, columns)]
-    image = PIL.Image.fromarray(np.concatenate(rows_, 0))
     zoom = -(-at_least // cells[0].shape[1])
+    return PIL.Image.fromarray(np.concatenate(rows_, 0).repeat(zoom, 0).repeat(zoom, 1))
+
+def write_image(image, path):
     with atomic(path) as tmp:
-        image.resize((image.width * zoom, image.height * zoom), PIL.Image.NEAREST).save(tmp, "PNG")
+        image.save(tmp, "PNG")
 
 def grid_indices(labels, n):
     """n indices of samples, going round the classes."""
@@ -1943,7 +2198,13 @@ def grid_indices(labels, n):
 
 def write_reals(data, path):
     real = load_items(data, [i % len(data) for i in grid_indices(data.labels, 32)], "cpu")["real"]
-    write_grid([to_picture(x[:3], x[3:] if len(x) == 4 else None, -1, 1) for x in real], 16, path)
+    write_image(tile([to_picture(x[:3], x[3:] if len(x) == 4 else None, -1, 1) for x in real], 16), path)
+
+def render_views(G, planes, cameras, resolution, dim=1):
+    """One scene (planes of 1) from each camera -> pictures of RGB and depth, as `to_picture`"""
+    views = [G.render(planes, rows(cameras, i, i + 1), resolution) for i in range(len(cameras.yaw))]
+    near, far = views[0][1].flatten().quantile(planes.new_tensor([0.02, 0.98])).tolist()    # but for strays
+    return [to_picture(rgb[0], depth[0], near, far, dim) for rgb, depth in views]
 
 @torch.no_grad()
 def write_samples(G, labels, path, scenes=16, views=4):
@@ -1959,12 +2220,244 @@ def write_samples(G, labels, path, scenes=16, views=4):
     camera = G.pose(prior, z, c)
     yaws = camera.yaw.mean() + torch.linspace(-0.3, 0.3, views, device=z.device)
     for i in range(scenes):
-        planes = G.backbone(G.mapping(z[i:i + 1], c[i:i + 1])).expand(views, -1, -1, -1, -1)
         pose = Camera(*(x[i:i + 1].expand(views, *x.shape[1:]) for x in camera))._replace(yaw=yaws)
-        rgb, depth = G.render(planes, pose, cfg.resolution)
-        near, far = depth.flatten().quantile(depth.new_tensor([0.02, 0.98])).tolist()  # but for strays
-        cells += [to_picture(x, d, near, far) for x, d in zip(rgb, depth)]
-    write_grid(cells, 4 * views, path)
+        cells += render_views(G, G.backbone(G.mapping(z[i:i + 1], c[i:i + 1])), pose, cfg.resolution)
+    write_image(tile(cells, 4 * views), path)
+
+def camera_path(kind, start, n, angle):
+    """n cameras of a closed path from `start` (a Camera of 1 or n) on, `angle` radians to each side at most."""
+    t = torch.linspace(0, 2 * math.pi, n + 1, device=start.yaw.device)[:-1]
+    sin, up = t.sin(), (1 - t.cos()) / 2
+    yaw, pitch, fov = {    # orbit: an ellipse in front, over the top; line: sideways and back, at constant speed
+        "none": (0, 0, 1), "orbit": (sin, -up, 1), "wiggle": (sin / 2, (2 * t).sin() / 4, 1),
+        "line": (sin.asin() * 2 / math.pi, 0, 1), "zoom": (0, 0, 1 - up / 2)}[kind]
+    camera = Camera(*(x.expand(n, *x.shape[1:]) for x in start))
+    return camera._replace(yaw=camera.yaw + angle * yaw, pitch=(camera.pitch + angle * pitch).clamp(0.05, math.pi - 0.05),
+                           fov=camera.fov * fov)
+
+def write_animation(frames, path, fps):
+    """PIL images -> path.webp, path.gif and, where there is ffmpeg, path.mp4"""
+    for kind in ("WEBP", "GIF"):
+        with atomic(f"{path}.{kind.lower()}") as tmp:
+            frames[0].save(tmp, kind, save_all=True, append_images=frames[1:], duration=1000 / fps, loop=0, quality=90)
+    if shutil.which("ffmpeg"):
+        with atomic(f"{path}.mp4") as tmp:
+            size = "%dx%d" % frames[0].size
+            done = subprocess.run(["ffmpeg", "-y", "-loglevel", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size,
+                                   "-r", str(fps), "-i", "-", "-pix_fmt", "yuv420p", "-f", "mp4", tmp],
+                                  input=b"".join(f.tobytes() for f in frames), capture_output=True)
+            if done.returncode:
+                raise OSError(f"ffmpeg: {done.stderr.decode(errors='replace').strip()}")
+
+def write_ply(path, points, colors, faces=()):
+    """Points (N, 3) in world units, y up; colors (N, 3) in [-1, 1]; faces (M, 3), counter-clockwise seen from outside."""
+    vertex = np.zeros(len(points), [("xyz", "<f4", 3), ("rgb", "u1", 3)])
+    vertex["xyz"], vertex["rgb"] = points, ((np.clip(colors, -1, 1) + 1) * 127.5).round()
+    face = np.zeros(len(faces), [("n", "u1"), ("v", "<i4", 3)])
+    face["n"], face["v"] = 3, np.reshape(faces, (-1, 3))
+    properties = [f"property float {k}" for k in "xyz"] + [f"property uchar {k}" for k in ("red", "green", "blue")]
+    header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(vertex)}", *properties, *(
+        [f"element face {len(face)}", "property list uchar int vertex_indices"] if len(face) else []), "end_header", ""]
+    with atomic(path) as tmp:
+        tmp.write_bytes("\n".join(header).encode() + vertex.tobytes() + face.tobytes())
+
+def extract_mesh(G, planes, camera, level, n):
+    """Marching cubes over the densities in the box, n points a side, and there between near and far from the camera:
+    what no ray ever saw is arbitrary. planes and camera of 1 -> vertices (V, 3), faces (M, 3), colours (V, 3)"""
+    try:
+        from skimage.measure import marching_cubes
+    except ImportError:
+        raise UserError("--mesh: needs scikit-image; pip install scikit-image") from None
+    cfg, device = G.cfg, planes.device
+    query = lambda x: query_triplane(planes, x[None], cfg.box, G.decoder, cfg.fused and has_custom_ops(device.type))
+    line, origin = torch.linspace(-cfg.box, cfg.box, n, device=device), cam2world(camera)[:, :3, 3]
+    slabs = []
+    for x in line.tolist():
+        points = F.pad(torch.cartesian_prod(line, line), (1, 0), value=x)              # (n², 3)
+        distance = (points - origin).norm(dim=1)
+        seen = (distance > cfg.near) & (distance < cfg.far)
+        slabs.append((F.softplus(query(points)[1][0]) * seen).view(n, n).cpu().numpy())
+    sigma = np.stack(slabs)
+    if not level < sigma.max():
+        raise UserError(f"--mesh-level {level:g}: densities end at {sigma.max():.3g}")
+    vertices, faces, _, _ = marching_cubes(sigma, level)                               # in units of the grid
+    vertices = (vertices * (2 * cfg.box / (n - 1)) - cfg.box).astype(np.float32)
+    colors = [query(x)[0][0] for x in torch.from_numpy(vertices).to(device).split(2 ** 16)]
+    return vertices, faces, torch.cat(colors).cpu().numpy()
+
+def write_cameras(G, path, n=16384):
+    """Histograms of each camera parameter over all classes: the prior gray, the posterior blue."""
+    cfg, device, image = G.cfg, next(G.parameters()).device, PIL.Image.new("RGB", (960, 480), "white")
+    seed_draws(cfg.seed, -1, "cameras", 0)
+    z, c, prior = draw_latents(cfg, n, torch.arange(max(cfg.num_classes, 1), device=device))
+    draw, font = PIL.ImageDraw.Draw(image), PIL.ImageFont.load_default(14)
+    for i, (name, (low, high)) in enumerate(zip(CAMERA_PARAMETERS, camera_ranges(cfg).tolist())):
+        x, y = 320 * (i % 3) + 16, 240 * (i // 3) + 210
+        for j, (camera, color) in enumerate(((prior, "#bbbbbb"), (G.pose(prior, z, c), "#2563eb"))):
+            p = camera_parameters(camera)[:, i].float().cpu()
+            for k, v in enumerate((p.histc(48, low, high) / n * 1200).clamp(max=140).tolist()):
+                draw.rectangle([x + 6 * k, y - v, x + 6 * k + 5 - 2 * j, y], color)
+            draw.text((x, y - 182 + 18 * j), f"{('prior', 'learned')[j]} {p.mean():.3g} ± {p.std():.2g}", color, font)
+        draw.text((x, y - 200), name.replace("_", "-"), "black", font)
+        draw.text((x, y + 4), f"{low:.3g}", "black", font)
+        draw.text((x + 288, y + 4), f"{high:.3g}", "black", font, "ra")
+    write_image(image, path)
+
+def parse_numbers(text, flag, below):
+    """"1,5,10-20" -> [1, 5, 10, ..., 20]"""
+    try:
+        spans = [[int(x) for x in part.split("-")] for part in text.split(",")]
+        found = [i for span in spans for i in range(span[0], span[-1] + 1)]
+        if found and max(map(len, spans)) <= 2 and max(found) < below:
+            return found
+    except ValueError:
+        pass
+    raise UserError(f"{flag} {text}: must be numbers below {below:,}, as in 1,5,10-20")
+
+@torch.no_grad()
+def sample(options):
+    """All that a person wants to look at, from a checkpoint alone."""
+    G, path, kimg = load_generator(options)
+    cfg, device, resolution = G.cfg, next(G.parameters()).device, options.resolution or G.cfg.resolution
+    seeds = parse_numbers(options.seeds, "--seeds", 2 ** 31)
+    classes = (parse_numbers(options.classes, "--classes", cfg.num_classes) if options.classes else
+               list(range(min(8, cfg.num_classes or 1))))
+    out = Path(options.out or path.with_name(f"samples-{kimg:010.3f}"))
+    out.mkdir(parents=True, exist_ok=True)
+    cells, films, stops, bar = [], [], [], tqdm(total=len(classes) * len(seeds), unit="sample")
+    for label in classes:
+        c = torch.full((1,), label, device=device)
+        seed_draws(cfg.seed, -1, "mean w", 0)
+        mean_w = G.mapping(torch.randn(4096, cfg.z_dim, device=device), c.expand(4096)).mean(0, keepdim=True)
+        mean = mean_camera(G, c)
+        for seed in seeds:
+            name = out / (f"class{label:04d}-seed{seed:04d}" if cfg.num_classes else f"seed{seed:04d}")
+            seed_draws(seed, -1, "sample", 0)
+            z, _, prior = draw_latents(cfg, 1, torch.zeros(1, dtype=torch.long))       # on the CPU: for all devices alike
+            z, prior = z.to(device), Camera(*(x.to(device) for x in prior))
+            w, camera = mean_w.lerp(G.mapping(z, c), options.truncation), G.pose(prior, z, c)
+            planes = G.backbone(w)
+            rgb, depth = G.render(planes, camera, resolution)
+            cells.append(to_picture(rgb[0]))
+            stops.append((w, mean))
+            if options.each:
+                write_image(tile(cells[-1:], 1), f"{name}.png")
+            if options.video != "none" and not options.interpolate:
+                films.append(render_views(G, planes, camera_path(options.video, mean, options.frames, options.angle), resolution, 2))
+                if options.each:
+                    write_animation([tile([x], 1) for x in films.pop()], f"{name}-{options.video}", options.fps)
+            if options.mesh:
+                vertices, faces, colors = extract_mesh(G, planes, camera, options.mesh_level, options.mesh_resolution)
+                write_ply(f"{name}-mesh.ply", vertices, colors, faces)
+            if options.points:
+                origins, directions = camera_rays(camera, resolution)              # (1, R, 3)
+                points = origins + directions * depth.flatten(2).transpose(1, 2)
+                write_ply(f"{name}-points.ply", points[0].cpu().numpy(), rgb[0].flatten(1).t().cpu().numpy())
+            if options.depth:
+                kinds = {"depth": (depth - cfg.near) / (cfg.far - cfg.near)}
+                if G.depth_adaptor is not None:
+                    kinds["adapted"] = (adapted_depth(G, depth) + 1) / 2
+                for kind, x in kinds.items():
+                    x = (x[0, 0].clamp(0, 1) * 65535).round().cpu().numpy().astype(np.uint16)
+                    write_image(PIL.Image.fromarray(x), f"{name}-{kind}.png")
+            bar.update()
+    if not options.each:
+        write_image(tile(cells, len(seeds)), out / "grid.png")
+        if films:
+            write_animation([tile(list(x), len(seeds)) for x in zip(*films)], out / options.video, options.fps)
+    if options.interpolate:
+        n, frames = options.frames, []
+        t = (1 - torch.linspace(0, math.pi, n + 1, device=device)[:-1].cos()) / 2     # slow at the stops
+        walk = [(w0.lerp(w1, x), Camera(*(a.lerp(b, x) for a, b in zip(c0, c1))))
+                for (w0, c0), (w1, c1) in zip(stops, stops[1:] + stops[:1]) for x in t]
+        cameras = Camera(*(torch.cat(x) for x in zip(*(camera for _, camera in walk))))
+        cameras = camera_path(options.video, cameras, len(walk), options.angle)
+        for i, (w, _) in enumerate(tqdm(walk, "walk", unit="frame")):
+            frames += [tile(render_views(G, G.backbone(w), rows(cameras, i, i + 1), resolution, 2), 1)]
+        write_animation(frames, out / "walk", options.fps)
+    if options.cameras:
+        write_cameras(G, out / "cameras.png")
+    bar.close()
+    print(f"written to {out}")
+
+def evaluate_checkpoint(options):
+    """`eval`: metrics of a checkpoint, over all processes."""
+    rank, world, _ = distributed()
+    G, path, kimg = load_generator(options)
+    device = next(G.parameters()).device
+    G.cfg = dataclasses.replace(G.cfg, data=options.data or G.cfg.data, workers=options.workers)
+    detector, data = open_detector(options, device), open_data(G.cfg)
+    if G.cfg.num_classes != data.num_classes:
+        raise UserError(f"--data {G.cfg.data}: has {data.num_classes} classes, the checkpoint {G.cfg.num_classes}")
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    labels = torch.from_numpy(data.labels).to(device)
+    measure(path.with_name("metrics.jsonl"), kimg, G, data, labels, options, detector, rank, world)
+    if world > 1:
+        dist.destroy_process_group()
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Report: one page that needs nothing but a browser
+
+COLORS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2")
+PAGE = """<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width"><title>3DGP</title>
+<style>body{font:15px/1.5 system-ui,sans-serif;margin:auto;padding:1em;max-width:1400px;color:#222}figure{margin:0}
+.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,300px),1fr));gap:1em}svg,img,input{width:100%}
+img{image-rendering:pixelated}.wide{overflow-x:auto}td,th{padding:.1em 1em .1em 0;text-align:left}</style><script>
+function show(s){s.parentNode.querySelectorAll("figure").forEach((f,i)=>f.hidden=i!=s.value)}</script><h1>3DGP</h1>"""
+
+def chart(title, lines):
+    """Inline SVG. lines: {color: [(kimg, value, spread)]}; the spread, if any, is a band."""
+    every = [p for points in lines.values() for p in points]
+    (x0, x1), (y0, y1) = ((min(v), max(v)) for v in ([p[0] for p in every], [p[1] + k * p[2] for p in every for k in (-1, 1)]))
+    at = lambda x, y: f"{44 + 270 * (x - x0) / (x1 - x0 or 1):.1f},{150 - 140 * (y - y0) / (y1 - y0 or 1):.1f}"
+    body = "".join(f"<path d='M44 {150 - 140 * k}h270' stroke=#ddd /><text x=40 y={154 - 140 * k} text-anchor=end>"
+                   f"{y0 + (y1 - y0) * k:.3g}</text>" for k in (0, 0.5, 1))
+    for color, points in lines.items():
+        points = points[::len(points) // 400 + 1]
+        edge = [at(x, y + s) for x, y, s in points] + [at(x, y - s) for x, y, s in points[::-1]]
+        body += (f"<polygon points='{' '.join(edge)}' fill={color} opacity=.15 /><polyline fill=none stroke={color} points="
+                 f"'{' '.join(at(x, y) for x, y, _ in points + points[-1:])}' stroke-linecap=round stroke-width={1.5 if len(points) > 1 else 6} />")
+    return (f"<figure>{html.escape(title)}<svg viewBox='0 0 320 170' font-size=10>{body}<text x=44 y=165>{x0:g}</text>"
+            f"<text x=314 y=165 text-anchor=end>{x1:g} kimg</text></svg></figure>")
+
+def report(options):
+    """`report`: metrics, losses, cameras, speed, samples over time and what the configurations differ in."""
+    page, charts, configs, esc = [PAGE, "<p>"], {}, {}, html.escape       # charts: heading -> title -> colour -> points
+    for i, run in enumerate(map(Path, options.runs)):
+        if not holds_run(run):
+            raise UserError(f"report {run}: not the folder of a run")
+        color = COLORS[i % len(COLORS)]
+        page.append(f"<b style='color:{color}'>&#9632; {esc(str(run))}</b> ")
+        configs[str(run)] = parse_line((run / "config.json").read_text())
+        for file in ("metrics.jsonl", "log.jsonl"):
+            for row in map(parse_line, (run / file).read_text().splitlines() if (run / file).exists() else []):
+                cameras = dict(zip(CAMERA_PARAMETERS, zip(row.get("camera_mean", []), row.get("camera_std", []))))
+                for name, (*value, spread) in {**{k: (v, 0) for k, v in row.items() if k not in ("kimg", "reals")}, **cameras}.items():
+                    point = (row.get("kimg"), *value, spread)
+                    if all(isinstance(x, (int, float)) and math.isfinite(x) for x in point):
+                        heading = ("Metrics" if file[0] == "m" else "Camera posterior, mean and standard deviation" if
+                                   name in cameras else "Speed" if name in ("images_per_second", "memory_mb", "seconds")
+                                   else "Training")
+                        charts.setdefault(heading, {}).setdefault(name, {}).setdefault(color, []).append(point)
+    for heading, drawn in charts.items():
+        page += [f"<h2>{heading}</h2><div class=charts>", *(chart(*x) for x in drawn.items()), "</div>"]
+    page.append("<h2>Samples</h2>")
+    for run in configs:
+        files = sorted(Path(run).glob("samples-*.png"))
+        files = files[::len(files) // 20 + 1] if files else []
+        pictures = [f"<figure hidden>{esc(f.stem)}<img alt='' src='data:image/png;base64,"
+                    f"{base64.b64encode(f.read_bytes()).decode()}'></figure>" for f in files]
+        page.append(f"<section><b>{esc(run)}</b><input type=range min=0 max={len(files) - 1} value={len(files) - 1} "
+                    f"oninput=show(this)>{''.join(pictures)}</section>")
+    fields = [f for f in Config.__dataclass_fields__ if len({str(c.get(f)) for c in (*configs.values(), vars(Config()))}) > 1]
+    page += ["<script>document.querySelectorAll('input').forEach(show)</script><h2>Configurations, where they are not the "
+             "default</h2><div class=wide><table><tr>", *(f"<th>{esc(x)}" for x in ("", "default", *configs))]
+    page += [f"<tr><td>{f}" + "".join(f"<td>{esc(str(c.get(f)))}" for c in (vars(Config()), *configs.values())) for f in fields]
+    path = Path(options.out or Path(options.runs[0]) / "report.html")
+    with atomic(path) as tmp:
+        tmp.write_text("".join(page) + "</table></div></html>")
+    print(f"written to {path}")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Bench
@@ -2051,7 +2544,9 @@ def add_options(parser, options):
         flag, type_ = "--" + f.name.replace("_", "-"), types[f.name]
         shown = " ".join(f"{x:g}" for x in f.default) if isinstance(f.default, tuple) else f.default
         kind = dict(help=f"{f.metadata['help']} (default: {shown})".replace("%", "%%"))
-        if type_ is bool:
+        if f.default is ...:
+            parser.add_argument(f.name, nargs="+", help=f.metadata["help"])
+        elif type_ is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **kind)
         elif typing.get_origin(type_) is tuple:
             parser.add_argument(flag, type=float, nargs=len(f.default), metavar="X", **kind)
@@ -2059,7 +2554,7 @@ def add_options(parser, options):
             parser.add_argument(flag, type=type_, choices=f.metadata["choices"],
                                 metavar=None if f.metadata["choices"] else type_.__name__.upper(), **kind)
 
-MODES = {"train": Config, "bench": BenchConfig}   # each mode's options
+MODES = {"train": Config, "sample": SampleConfig, "eval": EvalConfig, "report": ReportConfig, "bench": BenchConfig}   # each mode's options
 
 def parse_arguments(argv):
     """-> mode, {field: value} of the options given. The first word may be a mode; train is the default."""
@@ -2073,7 +2568,7 @@ def parse_arguments(argv):
     parser = Parser(
         prog=f"3dgp.py {mode}", allow_abbrev=False, argument_default=argparse.SUPPRESS, **training,
         description=f"3DGP: a 3D GAN for any category, from unposed photographs. Options of {mode}; "
-        f"modes: {', '.join(MODES)} (--help after a mode shows its own). sample and eval are not there yet.")
+        f"modes: {', '.join(MODES)} (--help after a mode shows its own).")
     add_options(parser, MODES[mode])
     given = vars(parser.parse_args(argv))
     return mode, {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
@@ -2108,18 +2603,8 @@ def resolve(given):
             raise UserError(f"--out {cfg.out}: holds a run already; go on with it by --resume latest, or name another "
                             "folder")
         return dataclasses.replace(cfg, out=cfg.out or str(free)), None
-    path = given["resume"]
-    if path == "latest":
-        out = Path(given.get("out") or (found[-1] if found else free))
-        checkpoints = sorted(out.glob("checkpoint-*.pt"))
-        if not checkpoints:
-            raise UserError(f"--resume latest: no checkpoint in {out}")
-        path = checkpoints[-1]
-    state = load_checkpoint(path)
-    try:
-        saved = Config(**state["config"])
-    except TypeError as e:
-        raise UserError(f"--resume {path}: of another version of this program ({e})") from None
+    latest = given.get("out") or (found[-1] if found else free)
+    path, saved, state = load_checkpoint(latest if given["resume"] == "latest" else given["resume"])
     differing = [f"{k} (there {getattr(saved, k)!r}, here {v!r})" for k, v in given.items()
                  if k not in FREE_ON_RESUME and v != getattr(saved, k)]
     if differing:
@@ -2133,10 +2618,10 @@ def resolve(given):
 def main(argv=None):
     try:
         mode, given = parse_arguments(argv)
-        if mode == "bench":
-            bench(BenchConfig(**given))
-        else:
+        if mode == "train":
             train(*resolve(given))
+        else:
+            dict(sample=sample, eval=evaluate_checkpoint, report=report, bench=bench)[mode](MODES[mode](**given))
     except (UserError, OSError) as e:
         if distributed()[2] == 0 or dist.is_initialized():     # once per machine, or where it happened
             print(f"3dgp.py: error: {e}", file=sys.stderr)

@@ -426,7 +426,7 @@ def finish(work, indices, parts, target, zipped):
     for k in tdgp.grid_indices(labels, min(32, len(indices))):
         image, depth = (np.asarray(PIL.Image.open(p)) for p in work.paths(indices[k]))
         cells.append(np.concatenate([image, (depth // 257).astype(np.uint8)[..., None].repeat(3, 2)]))
-    tdgp.write_grid(cells, min(8, len(cells)), beside("depth.png"))
+    tdgp.write_image(tdgp.tile(cells, min(8, len(cells))), beside("depth.png"))
     listed = [[work.outputs[i], int(label)] for i, label in zip(indices, labels)] if len(labels) else None
     with tdgp.atomic(work.folder / "dataset.json") as tmp:
         tmp.write_text(json.dumps(dict(labels=listed)))

@@ -1,68 +1,33 @@
-"""3DGP: a 3D GAN for any category, learned from unposed photographs. The whole method in this one file.
-
-Run it:
+"""3DGP: a 3D GAN for any category, learned from unposed photographs. The whole method in this one file. Run it:
     python 3dgp.py                                    # the `shapes` data on a CPU or one GPU; downloads nothing
     python 3dgp.py --data photos/                     # your own pictures; lereS_depth.py estimates their depth first
     python 3dgp.py --data photos/ --depth none        # the same without depth
     torchrun --nproc_per_node=8 3dgp.py --data imagenet
     python 3dgp.py --help                             # every option, with its default
-
-Method: Skorokhodov et al., "3D generation on ImageNet", ICLR 2023. Sections, in the paper's order:
-    config, data, ops, camera, rendering, generator, discriminator, losses, metrics, training, sampling, bench, main.
+Method: Skorokhodov et al., "3D generation on ImageNet", ICLR 2023. Sections, in the paper's order: config, data, ops,
+camera, rendering, generator, discriminator, losses, metrics, training, sampling, bench, main.
 One sample's way from z to loss: `synthesize` (generator) -> `Discriminator` -> `train` (training).
-
 Shapes in comments: B batch, P patch resolution, T tri-plane resolution, C tri-plane features, N points, R rays,
-S samples on a ray. Images are float in [-1, 1], depth in world units, angles in radians except fov (degrees).
-"""
-import argparse
-import base64
-import contextlib
-import ctypes
-import dataclasses
-import functools
-import hashlib
-import html
-import io
-import json
-import logging
-import math
-import os
-import platform
-import re
-import shutil
-import signal
-import subprocess
-import sys
-import tempfile
-import time
-import typing
-import warnings
-import zipfile
-import zlib
+S samples on a ray. Images are float in [-1, 1], depth in world units, angles in radians except fov (degrees)."""
+import argparse, base64, contextlib, ctypes, dataclasses, functools, hashlib, html, io, json, logging, math
+import os, platform, re, shutil, signal, subprocess, sys, tempfile, time, typing, warnings, zipfile, zlib
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import PIL.Image
-import PIL.ImageDraw
-import PIL.ImageFont
-import PIL.ImageOps
+import PIL.Image, PIL.ImageDraw, PIL.ImageFont, PIL.ImageOps
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-
 class UserError(Exception):
     """A mistake the user can mend. `main` prints it as one line and exits with status 2."""
-
 class MissingDepth(UserError):
     """A data set of photographs alone."""
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Config: one dataclass is the command line, its help and the record in config.json
-
+# ---- Config: one dataclass is the command line, its help and the record in config.json -------------------------------
 def opt(default, help: str, *choices):
     return dataclasses.field(default=default, metadata=dict(help=help, choices=choices or None))
 
@@ -72,9 +37,7 @@ DETECTOR_HELP = "what compares images: inception (downloaded), its file, timm:NA
 @dataclasses.dataclass
 class Config:
     """Every hyperparameter. Defaults are the published ones at 256²; PRESETS and DATA_PRESETS override them.
-
-    Schedules are in kimg (thousands of real images shown), counted from the start of the run.
-    """
+    Schedules are in kimg (thousands of real images shown), counted from the start of the run."""
     # what to train on, and where to write
     data: str = opt("shapes", "shapes, imagenet, dogs, elephants, horses, or a folder or zip of images")
     out: str = opt("", "run folder (empty: runs/<data>, numbered when that is taken)")
@@ -112,16 +75,14 @@ class Config:
     box: float = opt(0.5, "half size of the tri-plane box")
     # camera generator
     camera_reg: str = opt("emd", "keeps the camera posterior from collapsing", "emd", "grad", "none")
-    camera_reg_weights: tuple[float, float, float, float] = opt(
-        (2.0, 2.0, 1e-4, 1e-4), "weights of the camera regulariser: yaw, pitch, fov, look-at")
-    camera_reg_units: str = opt("natural", "unit of the EMD: radians and degrees, or shares of the prior's range",
-                                "natural", "range")
+    camera_reg_weights: tuple[float, float, float, float] = opt((2.0, 2.0, 1e-4, 1e-4), "for yaw, pitch, fov, look-at")
+    camera_reg_units: str = opt("natural", "unit of the EMD: radians, degrees; shares of the prior", "natural", "range")
     camera_reg_kimg: float = opt(10_000, "the camera regulariser's weight grows from 0 to full over this")
     camera_center: float = opt(10.0, "weight of the distance between the mean posterior direction and the prior's")
     camera_lr_mult: float = opt(0.1, "learning-rate multiplier of the camera generator")
     # depth adaptor
-    depth_adaptor: str = opt("random", "which candidate the discriminator sees: drawn by schedule; the raw depth; "
-                             "raw or last, a coin toss; the last", "random", "never", "half", "always")
+    depth_adaptor: str = opt("random", "which candidate D sees: by schedule; raw; raw or last, a coin toss; the last",
+                             "random", "never", "half", "always")
     adaptor_kimg: float = opt(10_000, "share of un-adapted depth falls from 1/4 to 0.1 over this (random)")
     # distillation
     teacher: str = opt("none", "frozen classifier to distil: a timm name, or none (shapes: none; published: resnet50)")
@@ -145,8 +106,7 @@ class Config:
     r1_interval: int = opt(16, "R1 is computed every so many steps")
     ema_kimg: float = opt(20, "half life of the generator's moving average")
     ema_rampup: float = opt(0.05, "the half life is at most this share of the images seen")
-    precision: str = opt("tf32", "arithmetic of convolutions and matrix products; on CPUs tf32 is fp32",
-                         "fp32", "tf32", "bf16")
+    precision: str = opt("tf32", "arithmetic of the networks; on CPUs tf32 is fp32", "fp32", "tf32", "bf16")
     fused: bool = opt(True, "look points up with custom_ops.cu where it compiles, not with PyTorch's own operators")
     # output
     snapshot_kimg: float = opt(200, "write checkpoint and samples every so many kimg")
@@ -178,34 +138,26 @@ class SampleConfig:
     depth: bool = opt(False, "16-bit PNGs of depth: rendered (0 near, 65535 far), and adapted")
     cameras: bool = opt(False, "figure of the learned camera distribution beside the prior")
     device: str = opt("auto", "auto takes the GPU if there is one", "auto", "cuda", "cpu")
-
 @dataclasses.dataclass
 class EvalConfig:
-    """Options of `eval`."""
     resume: str = opt("", "checkpoint, or run folder (its newest)")
     data: str = opt("", "data to compare with (empty: what it was trained on)")
     metrics: str = opt("fid50k,nfs256", METRICS_HELP)
     detector: str = opt("inception", DETECTOR_HELP)
     reals: int = opt(0, "images of the data that samples are compared with (0: all)")
-    workers: int = opt(4, "data loading processes per process")
     device: str = opt("auto", "auto takes the GPU if there is one", "auto", "cuda", "cpu")
-
 @dataclasses.dataclass
 class ReportConfig:
-    """Options of `report`."""
     runs: list[str] = opt(..., "folders of runs")
     out: str = opt("", "file to write (empty: report.html in the first run's folder)")
-
 @dataclasses.dataclass
 class BenchConfig:
-    """Options of `bench`."""
     what: str = opt("triplane", "what to time: the tri-plane query, fused against plain", "triplane")
     device: str = opt("auto", "auto takes the GPU if there is one", "auto", "cuda", "cpu")
     repeats: int = opt(9, "timings of each row, after one to warm up; the median counts")
     json: bool = opt(False, "print JSON, not a table")
 
-# Model sizes. tiny and small are short runs, so their schedules are short, and their camera regulariser counts in
-# shares of the prior's ranges: with the published units a short run leaves the field of view stuck at its upper end.
+# tiny and small are short runs: with the published units of the EMD, their field of view would stay at its upper end.
 SHORT = dict(camera_reg_units="range", camera_reg_weights=(20.0, 10.0, 20.0, 2.0), camera_lr_mult=1.0)
 PRESETS = {
     "tiny": dict(resolution=32, patch_resolution=32, triplane_resolution=32, triplane_features=16, channel_base=2048,
@@ -218,36 +170,25 @@ PRESETS = {
                   batch_gpu=32, kimg=400, r1_gamma=0.5, ema_kimg=4, density_noise_kimg=80, adaptor_kimg=160,
                   camera_reg_kimg=120, patch_kimg=160, blur_sigma=4.0, blur_kimg=10, snapshot_kimg=25, log_kimg=1,
                   metrics="fid2k,nfs64", metrics_kimg=25, detector="area8", reals=2048, **SHORT),
-    "base": dict(),
-    "imagenet": dict(channel_base=65536, channel_max=1024),
-}
-# What goes with the published data sets. The small ones have a faster camera schedule.
-DATA_PRESETS = {
-    "shapes": dict(preset="tiny"),
-    "imagenet": dict(preset="imagenet", teacher="resnet50"),
-    "dogs": dict(preset="base", teacher="resnet50", camera_reg_kimg=3_000),
-    "elephants": dict(preset="base", teacher="resnet50", camera_reg_kimg=3_000),
-    "horses": dict(preset="base", teacher="resnet50", camera_reg_kimg=3_000),
-}
+    "base": dict(), "imagenet": dict(channel_base=65536, channel_max=1024)}
+DATA_PRESETS = {   # the published data sets; the small ones have a faster camera schedule
+    "shapes": dict(preset="tiny"), "imagenet": dict(preset="imagenet", teacher="resnet50"),
+    **{k: dict(preset="base", teacher="resnet50", camera_reg_kimg=3_000) for k in ("dogs", "elephants", "horses")}}
 MBSTD_GROUP = 4  # mini-batch standard deviation compares so many images; they share one patch
 
 def linear_schedule(start, end, kimg, over):
     """From start to end while kimg goes from 0 to `over`, then constant."""
     return end if kimg >= over else start + (end - start) * kimg / over
-
 def schedules(cfg, kimg):
     """Everything that changes with the number of images seen, in one place."""
-    return dict(
-        blur_sigma=linear_schedule(cfg.blur_sigma, 0, kimg, cfg.blur_kimg),
-        density_noise=linear_schedule(cfg.density_noise, 0, kimg, cfg.density_noise_kimg),
-        patch_beta=linear_schedule(*cfg.patch_beta, kimg, cfg.patch_kimg),
-        raw_depth_share=linear_schedule(1 / 4, 0.1, kimg, cfg.adaptor_kimg),
-        camera_reg_weight=linear_schedule(0, 1, kimg, cfg.camera_reg_kimg),
-        kd_weight=cfg.kd_weight * linear_schedule(1, 0, kimg, cfg.kd_kimg))
+    return dict(blur_sigma=linear_schedule(cfg.blur_sigma, 0, kimg, cfg.blur_kimg),
+                density_noise=linear_schedule(cfg.density_noise, 0, kimg, cfg.density_noise_kimg),
+                patch_beta=linear_schedule(*cfg.patch_beta, kimg, cfg.patch_kimg),
+                raw_depth_share=linear_schedule(1 / 4, 0.1, kimg, cfg.adaptor_kimg),
+                camera_reg_weight=linear_schedule(0, 1, kimg, cfg.camera_reg_kimg),
+                kd_weight=cfg.kd_weight * linear_schedule(1, 0, kimg, cfg.kd_kimg))
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Data: a folder or zip of images, or `shapes`, which the program draws itself
-
+# ---- Data: a folder or zip of images, or `shapes`, which the program draws itself ------------------------------------
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 def to_rgb(image):
@@ -259,12 +200,9 @@ def to_rgb(image):
         image = image.convert("RGBA")
         image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
-
 def crop_resize(image, resolution, filter):
     """Largest centred square, resized."""
-    side = min(image.size)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
-    return image.resize((resolution, resolution), filter, box=(left, top, left + side, top + side))
+    return PIL.ImageOps.fit(image, (resolution, resolution), filter)
 
 def read_depth(png):
     """Depth from the bytes of a PNG of any bit depth. -> float32 (H, W)"""
@@ -273,24 +211,18 @@ def read_depth(png):
         header = png[12:24] + b"\x08\x06" + png[26:29]
         png = png[:12] + header + zlib.crc32(header).to_bytes(4, "big") + png[33:]
     with PIL.Image.open(io.BytesIO(png)) as f:
-        f = f.convert("L") if f.mode == "P" else f
-        d = np.asarray(f if len(f.getbands()) == 1 or wide else f.getchannel(0)).astype(np.float32)
-    return d[..., 0] * 256 + d[..., 1] if wide else d
+        d = np.atleast_3d(np.asarray(f.convert("L") if f.mode == "P" else f).astype(np.float32))
+    return d[..., 0] * 256 + d[..., 1] if wide else d[..., 0]
 
 class ImageData:
     """Images of a folder or zip: flat, or one folder per class, or with dataset.json; depth in `<name>_depth.png`.
-
-    An item is a dict: image uint8 (3, R, R), depth float32 (1, R, R) in [-1, 1] (larger is farther) unless cfg.depth is
-    "none", label int64, bad: names of unreadable files met (the item is then the next readable one).
-    """
+    An item is a dict: image uint8 (3, R, R); depth float32 (1, R, R) in [-1, 1], larger is farther, if cfg.depth wants
+    it; label; bad: names of unreadable files met (the item is then the next readable one)."""
     MAX_BAD_RUN = 100   # so many unreadable images in a row end the search
-
     def __init__(self, cfg, source):
         self.source, self.resolution, self.use_depth = Path(source), cfg.resolution, cfg.depth != "none"
-        self.zip, self.zip_pid = None, None
         if self.source.is_dir():
             files, seen = [], set()
-
             def refuse(e):
                 raise UserError(f"--data {source}: cannot read the folder {e.filename} ({e.strerror})")
             for folder, folders, members in os.walk(self.source, followlinks=True, onerror=refuse):
@@ -301,41 +233,31 @@ class ImageData:
                 files += [os.path.relpath(os.path.join(folder, f), self.source) for f in members]
         else:
             try:
-                with zipfile.ZipFile(self.source) as z:
-                    files = [i.filename for i in z.infolist() if not i.is_dir()]
+                files = [i.filename for i in self.archive(os.getpid()).infolist() if not i.is_dir()]
             except zipfile.BadZipFile as e:
                 raise UserError(f"--data {source}: neither a folder nor a zip file ({e})") from None
-        unsafe = [f for f in files if Path(f).is_absolute() or ".." in Path(f).parts]
-        if unsafe:
+        if unsafe := [f for f in files if Path(f).is_absolute() or ".." in Path(f).parts]:
             raise UserError(f"--data {source}: a member leads out of the archive: {unsafe[0]}")
-        files = set(files)
-        files -= {os.path.join(os.path.dirname(f), "depth.png") for f in files          # lereS_depth.py's contact sheet
-                  if os.path.basename(f) == "prepared.json"}
-        names = sorted(f for f in files if Path(f).suffix.lower() in IMAGE_SUFFIXES
+        sheets = {f.removesuffix("prepared.json") + "depth.png" for f in files if Path(f).name == "prepared.json"}
+        names = sorted(f for f in set(files) - sheets if Path(f).suffix.lower() in IMAGE_SUFFIXES
                        and not any(part.startswith((".", "__MACOSX")) for part in Path(f).parts))
         depths = {f for f in names if f.endswith("_depth.png")}
         self.names = [f for f in names if f not in depths]
         if not self.names:
             raise UserError(f"--data {source}: no images in it (looked for {' '.join(sorted(IMAGE_SUFFIXES))})")
-        if self.use_depth:
-            missing = [f for f in self.names if self.depth_name(f) not in depths]
-            if missing:
-                kind = UserError if len(missing) < len(self.names) else MissingDepth
-                raise kind(f"--data {source}: {len(missing)} of {len(self.names)} images have no depth, the first is "
-                           f"{missing[0]} (its depth would be {Path(self.depth_name(missing[0])).name}); prepare the "
-                           "photographs with lereS_depth.py, or train on RGB alone with --depth none")
+        if self.use_depth and (missing := [f for f in self.names if self.depth_name(f) not in depths]):
+            kind = UserError if len(missing) < len(self.names) else MissingDepth
+            raise kind(f"--data {source}: {len(missing)} of {len(self.names)} images have no depth, the first is "
+                       f"{missing[0]} (its depth would be {Path(self.depth_name(missing[0])).name}); prepare the "
+                       "photographs with lereS_depth.py, or train on RGB alone with --depth none")
         self.labels = self.read_labels(files)
-        self.num_classes = int(self.labels.max()) + 1 if len(self.labels) else 0
-
+        self.num_classes = int(self.labels.max(initial=-1)) + 1
     @staticmethod
     def depth_name(name):
         return str(Path(name).with_suffix("")) + "_depth.png"
-
     def read_labels(self, files):
         """Class of every image, from dataset.json or the first-level folders. -> int64 (N,), empty without classes
-
-        Folders that hold everything, as archives often have at their top, do not count.
-        """
+        Folders that hold everything, as archives often have at their top, do not count."""
         top = os.path.commonpath([os.path.dirname(f) for f in self.names])
         listing = next((f for f in ("dataset.json", os.path.join(top, "dataset.json")) if f in files), None)
         if listing:
@@ -344,8 +266,7 @@ class ImageData:
                 table = {os.path.join(os.path.dirname(listing), name): int(label) for name, label in listed or []}
                 if table and not 0 <= min(table.values()) <= max(table.values()) < 100_000:
                     raise ValueError("classes must be numbers from 0 to 99,999")
-            except (ValueError, LookupError, TypeError, ArithmeticError, RuntimeError, zlib.error,
-                    zipfile.BadZipFile) as e:
+            except Exception as e:  # whatever a damaged file leads to
                 raise UserError(f'--data {self.source}: dataset.json is not of the form {{"labels": [["file", class], '
                                 f'...]}} ({e})') from None
         else:
@@ -354,37 +275,29 @@ class ImageData:
             table = {f: folders.index(p[0]) for f, p in parts.items() if len(p) > 1}
         if not table:
             return np.zeros(0, np.int64)
-        unlabelled = [f for f in self.names if f not in table]
-        if unlabelled:
+        if unlabelled := [f for f in self.names if f not in table]:
             raise UserError(f"--data {self.source}: no label for {len(unlabelled)} images, the first is {unlabelled[0]}"
                             f" ({'name it in dataset.json' if listing else 'move it into the folder of its class'})")
         return np.array([table[f] for f in self.names], np.int64)
-
+    @functools.lru_cache(4)
+    def archive(self, pid):
+        """The open zip, one for each process: workers must not share a file position."""
+        return zipfile.ZipFile(self.source)
     def read(self, name):
-        """Bytes of one member. A zip is opened once per process: workers must not share a file position."""
+        """Bytes of one member."""
         if self.source.is_dir():
             if not (self.source / name).is_file():
                 raise FileNotFoundError(f"{name}: not a file")
             return (self.source / name).read_bytes()
-        if self.zip_pid != os.getpid():
-            self.zip, self.zip_pid = zipfile.ZipFile(self.source), os.getpid()
-        return self.zip.read(name)
-
-    def __getstate__(self):
-        return {**self.__dict__, "zip": None, "zip_pid": None}
-
+        return self.archive(os.getpid()).read(name)
     def fingerprint(self):
         """Tells apart data that differ, without reading them all."""
         if self.source.is_file():
-            with zipfile.ZipFile(self.source) as z:
-                found = [(i.filename, i.CRC) for i in z.infolist()]
+            found = [(i.filename, i.CRC) for i in self.archive(os.getpid()).infolist()]
         else:
             found = [(f, s.st_size, s.st_mtime_ns) for f in self.names for s in [(self.source / f).stat()]]
         return hashlib.sha256(repr((found, self.labels.tolist())).encode()).hexdigest()
-
-    def __len__(self):
-        return len(self.names)
-
+    __len__ = lambda self: len(self.names)
     def decode(self, i):
         with PIL.Image.open(io.BytesIO(self.read(self.names[i]))) as f:
             image = np.asarray(crop_resize(to_rgb(f), self.resolution, PIL.Image.LANCZOS))
@@ -394,20 +307,16 @@ class ImageData:
             d = np.asarray(crop_resize(d, self.resolution, PIL.Image.BILINEAR))
             if not np.isfinite(d).all():
                 raise ValueError("depth is not finite")
-            d = 2 * (d - d.min()) / max(d.max() - d.min(), 1e-6) - 1
-            item["depth"] = torch.from_numpy(d[None].astype(np.float32))
+            item["depth"] = torch.from_numpy(2 * (d - d.min()) / max(d.max() - d.min(), 1e-6) - 1)[None]
         return item
-
     def __getitem__(self, i):
         bad = []
         while len(bad) < min(self.MAX_BAD_RUN, len(self)):
             try:
-                item = self.decode(i)
+                return dict(self.decode(i), label=int(self.labels[i]) if self.num_classes else 0, bad=bad)
             except Exception:  # decoders of damaged files raise anything
                 bad.append(self.names[i])
                 i = (i + 1) % len(self)
-            else:
-                return {**item, "label": int(self.labels[i]) if self.num_classes else 0, "bad": bad}
         return dict(bad=bad)
 
 def length(*coords):
@@ -426,63 +335,45 @@ SOLIDS = {
 }
 
 class ShapesData:
-    """Solids on a checkered ground under a sky, drawn from cameras whose distribution is known.
-
-    Item i is a function of i alone. Besides ImageData's entries it has true_depth float32 (1, R, R) in world units and
-    camera float32 (6,), in the order of CAMERA_PARAMETERS. What is farther than cfg.far is sky.
-    The estimated depth is the true one, normalised per image, to an unknown power, with a smooth error and blurred.
-    """
+    """Solids on a checkered ground under a sky, from cameras whose distribution is known. Item i is a function of i
+    alone: ImageData's entries, true_depth float32 (1, R, R) in world units (sky: cfg.far), camera float32 (6,) in the
+    order of CAMERA_PARAMETERS. Estimated depth is the true one, normalised, to some power, with a smooth error."""
     num_classes = len(SOLIDS)
     GROUND = -0.11
-
     def __init__(self, cfg):
         self.resolution, self.use_depth, self.distortion = cfg.resolution, cfg.depth != "none", cfg.depth_distortion
-        self.far = cfg.far
-        self.labels = np.arange(len(self)) % self.num_classes
-
-    def __len__(self):
-        return 40_000
-
+        self.far, self.labels = cfg.far, np.arange(len(self)) % self.num_classes
+    __len__ = lambda self: 40_000
     def fingerprint(self):
         return "shapes", self.distortion, self.far, hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-
     @staticmethod
     def true_camera(rng, label):
         """The truth that the camera generator has to find: narrower than the prior, fov by class. -> (6,)"""
         return np.array([rng.normal(0, 0.35), rng.normal(math.pi / 2 - 0.25, 0.1), 17 + 2 * label + rng.normal(0, 0.5),
                          rng.normal(0, 0.6), rng.normal(math.pi / 2, 0.3), rng.uniform(0, 0.06)], np.float32)
-
     def true_cameras(self, n):
-        return torch.from_numpy(np.stack([self.true_camera(np.random.default_rng(i), i % self.num_classes)
-                                          for i in range(n)]))
-
+        return torch.from_numpy(np.stack([*map(self.true_camera, map(np.random.default_rng, range(n)), self.labels)]))
     def __getitem__(self, i):
-        rng, label = np.random.default_rng(i), int(self.labels[i])
-        camera = self.true_camera(rng, label)
-        supersample = 2 if self.resolution <= 64 else 1
-        R = self.resolution * supersample
-        c = torch.from_numpy(camera)[None]
-        origin, ray = camera_rays(Camera(c[:, 0], c[:, 1], c[:, 2], torch.ones(1), c[:, 3:]), R)
+        rng, label, supersample = np.random.default_rng(i), int(self.labels[i]), 2 if self.resolution <= 64 else 1
+        c = torch.from_numpy(self.true_camera(rng, label))[None]
+        origin, ray = camera_rays(Camera(*c[:, :3].T, torch.ones(1), c[:, 3:]), self.resolution * supersample)
         origin, ray = origin[0, 0].numpy(), ray[0].numpy()                            # (3,), (R², 3)
         # sky, and on it the ground out to `far`
         up = np.clip(ray[:, 1:2] * 1.5 + 0.75, 0, 1)
         color = (1 - up) * np.array([0.78, 0.86, 0.93]) + up * np.array([0.36, 0.55, 0.85])
-        depth = np.full(len(ray), self.far, np.float32)
         t = (self.GROUND - origin[1]) / np.minimum(ray[:, 1], -1e-6)
-        on = np.flatnonzero(t < self.far)
+        on, depth = np.flatnonzero(t < self.far), np.minimum(t, self.far)
         p = origin + t[on, None] * ray[on]
         scale = rng.uniform(0.065, 0.095)
         center = np.array([rng.uniform(-0.05, 0.05), self.GROUND + scale, rng.uniform(-0.05, 0.05)])
-        checker = (np.floor(p[:, 0] / 0.1) + np.floor(p[:, 2] / 0.1)) % 2
-        ground = (0.42 + 0.3 * checker)[:, None] * np.array([1.0, 0.93, 0.82])
+        checker = np.floor(p[:, [0, 2]] / 0.1).sum(1, keepdims=True) % 2
+        ground = (0.42 + 0.3 * checker) * np.array([1.0, 0.93, 0.82])
         ground = ground * (1 - 0.55 * np.exp(-((p - center)[:, [0, 2]] ** 2).sum(1) / scale ** 2))[:, None]
         fog = np.clip((t[on, None] - 1.1) / (self.far - 1.1), 0, 1) ** 2
         color[on] = (1 - fog) * ground + fog * color[on]
-        depth[on] = t[on]
         # the solid: sphere tracing of the rays that meet its bounding ball
-        angle = rng.uniform(0, 2 * math.pi)
+        sdf, angle = list(SOLIDS.values())[label], rng.uniform(0, 2 * math.pi)
         turn = np.array([[math.cos(angle), 0, math.sin(angle)], [0, 1, 0], [-math.sin(angle), 0, math.cos(angle)]])
-        sdf = list(SOLIDS.values())[label]
         o, d = turn @ (origin - center) / scale, (ray @ turn.T).astype(np.float64)
         middle = -(d @ o)
         gap = 1.5 ** 2 - (o @ o - middle ** 2)
@@ -494,55 +385,39 @@ class ShapesData:
         on = (distance < 0.02) & (s * scale < depth[hit])
         hit, d, s = hit[on], d[on], s[on]
         p = o + s[:, None] * d
-        eps = 1e-3 * np.eye(3)
-        normal = np.stack([sdf(*(p + e).T) - sdf(*(p - e).T) for e in eps], 1)
+        normal = np.stack([sdf(*(p + e).T) - sdf(*(p - e).T) for e in 1e-3 * np.eye(3)], 1)
         normal = normal / np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-9)
-        light = turn @ np.array([0, 0.8, 0.6])
-        shade = 0.4 + 0.6 * np.maximum(normal @ light, 0)
+        shade = 0.4 + 0.6 * np.maximum(normal @ (turn @ np.array([0, 0.8, 0.6])), 0)
         # colour: a hue near the class's own, in bands (even classes) or sectors (odd) of two tones
-        hue = label / self.num_classes + rng.normal(0, 0.02)
-        value, saturation = rng.uniform(0.75, 1), rng.uniform(0.7, 0.95)
+        hue, value, saturation = label / len(SOLIDS) + rng.normal(0, 0.02), rng.uniform(0.75, 1), rng.uniform(0.7, 0.95)
         rgb = value * (1 - saturation * np.clip(abs((hue * 6 + np.array([3, 1, 5])) % 6 - 3) - 1, 0, 1))
         band = np.sin(7 * p[:, 1] + 1) if label % 2 == 0 else np.sin(3 * np.arctan2(p[:, 2], p[:, 0]))
-        tone = np.where(band > 0, 1.0, 0.55)
-        color[hit] = rgb * (shade * tone)[:, None]
-        depth[hit] = s * scale
+        color[hit], depth[hit] = rgb * (shade * np.where(band > 0, 1.0, 0.55))[:, None], s * scale
         # average the supersamples (depth: the nearest of them would flicker, the mean does not)
         small = (self.resolution, supersample, self.resolution, supersample)
-        image = color.reshape(*small, 3).mean((1, 3)).clip(0, 1)
-        depth = depth.reshape(small).mean((1, 3))
+        image, depth = color.reshape(*small, 3).mean((1, 3)).clip(0, 1), depth.reshape(small).mean((1, 3))
         item = dict(image=torch.from_numpy((image.transpose(2, 0, 1) * 255).round().astype(np.uint8)), label=label,
-                    true_depth=torch.from_numpy(depth[None].astype(np.float32)), bad=[],
-                    camera=torch.from_numpy(camera))
-        if self.use_depth:
-            item["depth"] = torch.from_numpy(self.estimate(rng, depth)[None].astype(np.float32))
-        return item
-
+                    true_depth=torch.from_numpy(depth[None].astype(np.float32)), camera=c[0], bad=[])
+        return {**item, "depth": self.estimate(rng, depth)} if self.use_depth else item
     def estimate(self, rng, depth):
-        """What a monocular estimator might say of a true depth (R, R). -> (R, R) in [-1, 1]"""
-        k, R = self.distortion, self.resolution
-        power = 1 + k * (rng.uniform(0.5, 1.1) - 1)
-        d = ((depth - depth.min()) / max(depth.max() - depth.min(), 1e-6)) ** power
-        line = np.linspace(0, math.pi, R)
-        waves = np.cos(np.outer(np.arange(1, 3), line) + rng.uniform(0, 2 * math.pi, (2, 1)))
-        d = d + k * 0.04 * (waves[0][:, None] * waves[0] + waves[1][:, None] * waves[1])
-        pad = R // 8
-        d = blur(F.pad(torch.from_numpy(d)[None, None], (pad,) * 4, mode="replicate"), k * R / 64)[0, 0].numpy()
-        d = d[pad:-pad, pad:-pad]
-        return 2 * (d - d.min()) / max(d.max() - d.min(), 1e-6) - 1
+        """What a monocular estimator might say of a true depth (R, R). -> float32 (1, R, R) in [-1, 1]"""
+        k, R, pad = self.distortion, self.resolution, self.resolution // 8
+        d = ((depth - depth.min()) / max(depth.max() - depth.min(), 1e-6)) ** (1 + k * (rng.uniform(0.5, 1.1) - 1))
+        u, v = np.cos(np.outer([1, 2], np.linspace(0, math.pi, R)) + rng.uniform(0, 2 * math.pi, (2, 1)))
+        d = torch.from_numpy(d + k * 0.04 * (u[:, None] * u + v[:, None] * v))[None, None]
+        d = blur(F.pad(d, (pad,) * 4, mode="replicate"), k * R / 64)[0, :, pad:-pad, pad:-pad]
+        return (2 * (d - d.min()) / max(d.max() - d.min(), 1e-6) - 1).float()
 
 def open_data(cfg):
     """The data set that cfg.data names. Photographs without depth are prepared first."""
     if cfg.data == "shapes":
         return ShapesData(cfg)
-    root, source = Path(os.environ.get("DATA_DIR", "data")), Path(cfg.data)
-    if cfg.data in DATA_PRESETS:
-        source = next((s for s in (root / cfg.data, root / f"{cfg.data}.zip") if s.exists()), None)
-        if source is None:
-            raise UserError(f"--data {cfg.data}: neither {root / cfg.data} nor {cfg.data}.zip beside it exists; put it "
-                            "there, or set DATA_DIR, or give a path")
-    if not source.exists():
-        raise UserError(f"--data {cfg.data}: no such file or folder, nor one of {', '.join(DATA_PRESETS)}")
+    root = Path(os.environ.get("DATA_DIR", "data"))
+    places = [root / cfg.data, root / f"{cfg.data}.zip"] if cfg.data in DATA_PRESETS else [Path(cfg.data)]
+    source = next((s for s in places if s.exists()), None)
+    if source is None:
+        raise UserError(f"--data {cfg.data}: no such file or folder ({' or '.join(map(str, places))}); give a path, or "
+                        f"one of {', '.join(DATA_PRESETS)}, which are looked for in DATA_DIR")
     try:
         return ImageData(cfg, source)
     except MissingDepth:
@@ -552,26 +427,23 @@ def open_data(cfg):
 
 def collate(items):
     """Stack what can be stacked; failed items carry only their names."""
-    bad = [name for item in items for name in item["bad"]]
-    if any("image" not in item for item in items):
-        return dict(bad=bad)
-    batch = {k: torch.stack([i[k] for i in items]) for k in ("image", "depth", "true_depth", "camera") if k in items[0]}
-    return {**batch, "label": torch.tensor([i["label"] for i in items]), "bad": bad}
+    batch = dict(bad=[name for item in items for name in item["bad"]])
+    if all("image" in item for item in items):
+        batch |= {k: torch.stack([torch.as_tensor(i[k]) for i in items]) for k in items[0] if k != "bad"}
+    return batch
 
 def real_images(batch, device):
     """A batch as the discriminator sees it: RGB and, if there is any, depth. -> (B, 3 or 4, R, R) in [-1, 1]"""
     if "image" not in batch:
-        raise UserError(f"--data: {len(set(batch['bad']))} images in a row are unreadable, the first is "
-                        f"{batch['bad'][0]}")
+        bad = batch["bad"]
+        raise UserError(f"--data: {len(set(bad))} images in a row are unreadable, the first is {bad[0]}")
     rgb = batch["image"].to(device, non_blocking=True).float() / 127.5 - 1
     return torch.cat([rgb, batch["depth"].to(device, non_blocking=True)], 1) if "depth" in batch else rgb
 
 class MirroredData(torch.utils.data.Dataset):
     """The data and its mirror image: index n + i is item i flipped."""
-
     def __init__(self, data):
         self.data = data
-
     def __getitem__(self, i):
         item = self.data[i % len(self.data)]
         if i >= len(self.data):
@@ -583,31 +455,20 @@ class MirroredData(torch.utils.data.Dataset):
 class Batches:
     """Endless batches of indices for this process from a step on: a function of seed and step, so that a resumed run
     sees what an undisturbed one would. Epochs are permutations of the data (and of its mirror image)."""
-
     def __init__(self, cfg, n, step, rank, world):
-        self.total, self.seed, self.batch, self.step = n * (2 if cfg.mirror else 1), cfg.seed, cfg.batch_size, step
+        self.total, self.seed, self.batch = n * (2 if cfg.mirror else 1), cfg.seed, cfg.batch_size
         self.share = cfg.batch_size // world
-        self.offset = rank * self.share
-
+        self.first = step * cfg.batch_size + rank * self.share
     def __iter__(self):
-        epoch, order, step = None, None, self.step
+        order = functools.lru_cache(1)(lambda epoch: np.random.default_rng([self.seed, epoch]).permutation(self.total))
+        first = self.first
         while True:
-            out = []
-            first = step * self.batch + self.offset
-            for position in range(first, first + self.share):
-                e, k = divmod(position, self.total)
-                if e != epoch:
-                    epoch, order = e, np.random.default_rng([self.seed, e]).permutation(self.total)
-                out.append(int(order[k]))
-            yield out
-            step += 1
+            yield [int(order(k // self.total)[k % self.total]) for k in range(first, first + self.share)]
+            first += self.batch
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Ops: equalised layers (StyleGAN2, Karras et al. 2020), FIR resampling, tri-plane lookup
-
+# ---- Ops: equalised layers (StyleGAN2, Karras et al. 2020), FIR resampling, tri-plane lookup -------------------------
 def normalize_2nd_moment(x):
     return x * (x.square().mean(dim=1, keepdim=True) + 1e-8).rsqrt()
-
 def leaky_relu(x):
     return F.leaky_relu(x, 0.2)
 
@@ -617,29 +478,24 @@ GAIN = {leaky_relu: math.sqrt(2), F.softplus: 1.0, None: 1.0}
 
 class Linear(nn.Module):
     """Equalised linear layer: weights of unit variance / lr_mult, scaled when used. (B, in) -> (B, out)"""
-
     def __init__(self, in_features, out_features, activation=None, lr_mult=1.0, bias_init=0.0):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_features, in_features) / lr_mult)
         self.bias = nn.Parameter(torch.full((out_features,), float(bias_init)))
         self.activation, self.scale = activation, lr_mult * GAIN[activation]
-
     def effective(self):
         return self.weight * (self.scale / math.sqrt(self.weight.shape[1])), self.bias * self.scale
-
     def forward(self, x):
         x = F.linear(x, *self.effective())
         return self.activation(x) if self.activation else x
 
 class Conv2d(nn.Module):
     """Equalised convolution that keeps the size; down=2 filters, then halves it. (B, in, H, W) -> (B, out, ., .)"""
-
     def __init__(self, in_channels, out_channels, kernel_size, activation=None, bias=True, down=1, gain=1.0):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
         self.activation, self.down, self.gain = activation, down, gain * GAIN[activation]
-
     def forward(self, x):
         padding = self.weight.shape[2] // 2
         if self.down == 2:  # the FIR's own padding, and then the convolution's
@@ -656,29 +512,21 @@ def fir_filter(x, padding, gain=1.0):
     return F.conv2d(x, kernel, padding=padding, groups=x.shape[1])
 
 def upsample(x):
-    """Factor 2: zeros between the pixels, then the FIR with gain 4. (B, C, H, W) -> (B, C, 2H, 2W)
-
-    One polyphase step: each output pixel is 3/4 of its nearest input pixel and 1/4 of the next one, in both directions.
-    """
+    """Factor 2: zeros between the pixels, then the FIR with gain 4, in one polyphase step: each output pixel is 3/4 of
+    its nearest input pixel and 1/4 of the next one, in both directions. (B, C, H, W) -> (B, C, 2H, 2W)"""
     for dim in (2, 3):
-        n = x.shape[dim]
-        zero = torch.zeros_like(x.narrow(dim, 0, 1))
-        before = torch.cat([zero, x.narrow(dim, 0, n - 1)], dim)
-        after = torch.cat([x.narrow(dim, 1, n - 1), zero], dim)
+        n, zero = x.shape[dim], torch.zeros_like(x.narrow(dim, 0, 1))
+        before, after = torch.cat([zero, x.narrow(dim, 0, n - 1)], dim), torch.cat([x.narrow(dim, 1, n - 1), zero], dim)
         x = torch.stack([0.75 * x + 0.25 * before, 0.75 * x + 0.25 * after], dim + 1).flatten(dim, dim + 1)
     return x
 
 def sample_triplane(planes, points, box):
     """Mean of the three bilinear lookups (EG3D, Chan et al. 2022, section 4).
-
     planes (B, 3, C, T, T), points (B, N, 3) in world units, box: half size of the box the planes span -> (B, N, C).
-    Planes are (x, y), (x, z), (y, z): the first indexes the width, the second the height. Outside: zero.
-    """
+    Planes are (x, y), (x, z), (y, z): the first indexes the width, the second the height. Outside: zero."""
     B, _, C, T, _ = planes.shape
     uv = torch.stack([points[..., :2], points[..., ::2], points[..., 1:]], 1) / box   # (B, 3, N, 2)
-    uv = uv.reshape(B * 3, 1, -1, 2)
-    features = F.grid_sample(planes.reshape(B * 3, C, T, T), uv, mode="bilinear", padding_mode="zeros",
-                             align_corners=True)                                     # (3B, C, 1, N)
+    features = F.grid_sample(planes.reshape(B * 3, C, T, T), uv.reshape(B * 3, 1, -1, 2), align_corners=True)
     return features.reshape(B, 3, C, -1).mean(dim=1).transpose(1, 2)                 # (B, N, C)
 
 # The same in one pass, with or without the decoder behind it: custom_ops.cu, compiled when it is first used. A custom
@@ -686,11 +534,8 @@ def sample_triplane(planes, points, box):
 
 @functools.cache
 def custom_ops(device_type):
-    """A function that calls custom_ops.cu on "cuda" or "cpu"; None, and one line that says why, without it.
-
-    Compiled once, into TORCH_EXTENSIONS_DIR or PyTorch's own place. A build is renamed when it is complete and its name
-    tells source, target and flags, so any number of processes may start at once.
-    """
+    """A function that calls custom_ops.cu on "cuda" or "cpu"; None, and one line that says why, without it. A build is
+    renamed when complete; its name tells source, target and flags: any number of processes may start at once."""
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)   # it warns of machines without a GPU
     from torch.utils import cpp_extension
     source, cuda, speaks = Path(__file__).with_name("custom_ops.cu"), device_type == "cuda", distributed()[2] == 0
@@ -700,13 +545,13 @@ def custom_ops(device_type):
             flags = ["-O3", f"-gencode=arch={target.replace('sm', 'compute')},code={target}"]
         else:
             target = torch.backends.cpu.get_cpu_capability()
-            flags = ["-x", "c++", "-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros",
-                     "-fassociative-math", *dict(AVX2=["-mavx2", "-mfma"], AVX512=["-mavx512f", "-mavx512vl", "-mfma"]
-                                                 ).get(target, [])]
+            flags = ("-x c++ -O3 -fopenmp -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math "
+                     + dict(AVX2="-mavx2 -mfma", AVX512="-mavx512f -mavx512vl -mfma").get(target, "")).split()
         key = repr((source.read_bytes(), flags, torch.version.cuda, platform.machine()))
         root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
         name = f"3dgp-triplane-{target}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-        if not (root / f"{name}.so").exists():
+        library = root / f"{name}.so"
+        if not library.exists():
             if speaks:
                 print(f"compiling custom_ops.cu for {target}, once:", end=" ", file=sys.stderr, flush=True)
             start = time.time()
@@ -715,16 +560,14 @@ def custom_ops(device_type):
                 cpp_extension.load(name, [str(source)], build_directory=build, with_cuda=cuda, is_python_module=False,
                                    extra_cflags=None if cuda else flags, extra_cuda_cflags=flags if cuda else None,
                                    extra_ldflags=None if cuda else ["-fopenmp"])
-                os.replace(Path(build) / f"{name}.so", root / f"{name}.so")
+                os.replace(Path(build) / library.name, library)
             if speaks:
                 print(f"{time.time() - start:.0f} s", file=sys.stderr)
-        function = ctypes.CDLL(str(root / f"{name}.so")).triplane
+        function = ctypes.CDLL(str(library)).triplane
         function.restype = ctypes.c_char_p
-
         def call(dtype, size, pointers, box, context):
-            error = function(dtype, (ctypes.c_int64 * 8)(*size), (ctypes.c_void_p * 8)(*pointers), ctypes.c_double(box),
-                             ctypes.c_int64(context))
-            if error:
+            size, pointers = (ctypes.c_int64 * 8)(*size), (ctypes.c_void_p * 8)(*pointers)
+            if error := function(dtype, size, pointers, ctypes.c_double(box), ctypes.c_int64(context)):
                 raise RuntimeError(f"custom_ops.cu: {error.decode()}")
         x = torch.zeros(4, device=device_type)   # try it: a driver may be too old for what compiles
         call(0, [1] * 8, [x.data_ptr(), x.data_ptr(), None, x.data_ptr()], 1, 0 if cuda else 1)
@@ -733,8 +576,7 @@ def custom_ops(device_type):
         lines = str(e).splitlines() or [type(e).__name__]
         reason = next((x for x in lines if "error:" in x or "not found" in x), lines[0])
         if speaks:
-            print(f"custom_ops.cu is not used but PyTorch's own operators, with the same results: {reason}",
-                  file=sys.stderr)
+            print(f"custom_ops.cu is not used but PyTorch itself, with the same results: {reason}", file=sys.stderr)
         return None
 
 @torch.compiler.assume_constant_result
@@ -743,8 +585,7 @@ def has_custom_ops(device_type):
 
 def call_custom_ops(planes, points, box, decoder, *rest):
     """rest: out, grad, grad_planes, grad_points, grad_decoder, or the first of them."""
-    (B, three, C, T, width), N = planes.shape, points.shape[1]
-    dtypes = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
+    (B, three, C, T, width), N, dtypes = planes.shape, points.shape[1], [torch.float32, torch.bfloat16, torch.float64]
     real = torch.float64 if planes.dtype == torch.float64 else torch.float32
     if not has_custom_ops(planes.device.type):
         raise RuntimeError("triplane: custom_ops.cu does not compile here; use sample_triplane")
@@ -758,7 +599,7 @@ def call_custom_ops(planes, points, box, decoder, *rest):
     pointers = [None if t is None or t.numel() == 0 else t.data_ptr() for t in (planes, points, decoder, *rest)]
     with torch.cuda.device(planes.device) if planes.is_cuda else contextlib.nullcontext():
         context = torch.cuda.current_stream().cuda_stream if planes.is_cuda else torch.get_num_threads()
-        custom_ops(planes.device.type)(dtypes[planes.dtype], size, pointers, box, context)
+        custom_ops(planes.device.type)(dtypes.index(planes.dtype), size, pointers, box, context)
 
 def channels_last(planes):
     """(B, 3, C, T, T) as before, with the channels of a pixel adjacent in memory."""
@@ -767,10 +608,8 @@ def channels_last(planes):
 @torch.library.custom_op("threedgp::triplane", mutates_args=())
 def triplane(planes: torch.Tensor, points: torch.Tensor, box: float, decoder: torch.Tensor) -> torch.Tensor:
     """`sample_triplane`, or with `TriplaneDecoder.packed()` for a decoder what that makes of the features: (B, N, 4).
-
     Planes may be float32 or bfloat16, and float64 on a CPU; fast if their channels are adjacent (`channels_last`).
-    Points and decoder are float32 (float64 with float64). An empty decoder is none. Gradients to all three.
-    """
+    Points and decoder are float32 (float64 with float64). An empty decoder is none. Gradients to all three."""
     planes = planes if planes.stride(2) == 1 else channels_last(planes)
     out = points.new_empty(*points.shape[:2], 4 if len(decoder) else planes.shape[2])
     call_custom_ops(planes, points.contiguous(), box, decoder.contiguous(), out)
@@ -787,9 +626,8 @@ def triplane_backward(planes: torch.Tensor, points: torch.Tensor, box: float, de
         warnings.warn(message)
     planes = planes if planes.stride(2) == 1 else channels_last(planes)
     points, decoder, grad = points.contiguous(), decoder.contiguous(), grad.contiguous()
-    B, _, C, T, _ = planes.shape
-    grad_planes, grad_points = points.new_zeros(B, 3, T, T, C), torch.zeros_like(points)
-    grad_decoder = torch.zeros_like(decoder)
+    grad_planes = points.new_zeros(planes.permute(0, 1, 3, 4, 2).shape)                # (B, 3, T, T, C)
+    grad_points, grad_decoder = torch.zeros_like(points), torch.zeros_like(decoder)
     call_custom_ops(planes, points, box, decoder, None, grad, grad_planes, grad_points, grad_decoder)
     if len(decoder):
         grad_decoder[-4:] = grad.sum((0, 1))
@@ -798,25 +636,20 @@ def triplane_backward(planes: torch.Tensor, points: torch.Tensor, box: float, de
 @triplane.register_fake
 def _(planes, points, box, decoder):
     return points.new_empty(*points.shape[:2], 4 if len(decoder) else planes.shape[2])
-
 @triplane_backward.register_fake
 def _(planes, points, box, decoder, grad):
     return channels_last(torch.empty_like(planes)), points.new_empty(points.shape), decoder.new_empty(decoder.shape)
-
 def triplane_context(ctx, inputs, output):
     planes, points, ctx.box, decoder = inputs
     ctx.save_for_backward(planes, points, decoder)
-
 def triplane_autograd(ctx, grad):
     planes, points, decoder = ctx.saved_tensors
-    grad_planes, grad_points, grad_decoder = triplane_backward(planes, points, ctx.box, decoder, grad)
-    return grad_planes, grad_points, None, grad_decoder
+    grads = triplane_backward(planes, points, ctx.box, decoder, grad)
+    return *grads[:2], None, grads[2]
 
 triplane.register_autograd(triplane_autograd, setup_context=triplane_context)
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Camera ("ball in sphere", paper section 3.2), camera generator and its regularisers, patches
-
+# ---- Camera ("ball in sphere", paper section 3.2), camera generator and its regularisers, patches --------------------
 class Camera(NamedTuple):
     """A camera on a sphere that looks at a point of a small inner ball. Roll is 0."""
     yaw: torch.Tensor      # (B,) radians
@@ -824,22 +657,19 @@ class Camera(NamedTuple):
     fov: torch.Tensor      # (B,) degrees
     radius: torch.Tensor   # (B,) world units
     look_at: torch.Tensor  # (B, 3) yaw, pitch, radius of the point looked at
-
 class Patch(NamedTuple):
     """A square cut-out: `scale` in (0, 1] of the image's side, `offset` of its left and bottom in [0, 1 - scale]."""
     scale: torch.Tensor   # (B,)
     offset: torch.Tensor  # (B, 2) x, y
-
-def rows(t, start, stop):
-    """Rows start to stop of every tensor in a named tuple."""
-    return type(t)(*(x[start:stop] for x in t))
+def rows(t, start, stop=None):
+    """Rows start to stop, or those whose indices `start` holds, of every tensor in a named tuple."""
+    return type(t)(*(x[start if stop is None else slice(start, stop)] for x in t))
 
 CAMERA_PARAMETERS = ("yaw", "pitch", "fov", "look_at_yaw", "look_at_pitch", "look_at_radius")
 
 def camera_parameters(camera):
     """The six free parameters, in the order of CAMERA_PARAMETERS. -> (B, 6)"""
     return torch.cat([torch.stack([camera.yaw, camera.pitch, camera.fov], 1), camera.look_at], 1)
-
 def camera_ranges(cfg, device="cpu"):
     """Prior range of each of the six parameters. -> (6, 2)"""
     return torch.tensor([cfg.prior_yaw, cfg.prior_pitch, cfg.prior_fov, (-math.pi, math.pi), (0.0, math.pi),
@@ -849,16 +679,12 @@ def sample_camera_prior(cfg, n, device):
     """n cameras with every parameter uniform in its range and the look-at direction uniform on the sphere."""
     low, high = camera_ranges(cfg, device).unbind(1)
     p = low + (high - low) * torch.rand(n, 6, device=device)
-    look_at_pitch = torch.arccos(1 - 2 * ((p[:, 4] / math.pi)).clamp(1e-6, 1 - 1e-6))
-    return Camera(p[:, 0], p[:, 1], p[:, 2], torch.ones(n, device=device),
-                  torch.stack([p[:, 3], look_at_pitch, p[:, 5]], 1))
-
+    p[:, 4] = torch.arccos(1 - 2 * (p[:, 4] / math.pi).clamp(1e-6, 1 - 1e-6))
+    return Camera(*p[:, :3].unbind(1), torch.ones(n, device=device), p[:, 3:])
 def frontal_camera(cfg, n, device):
     """n cameras in the middle of the prior, looking at the origin."""
     mid = camera_ranges(cfg, device).mean(1).expand(n, 6)
-    look_at = torch.stack([mid[:, 3], mid[:, 4], torch.zeros_like(mid[:, 5])], 1)
-    return Camera(mid[:, 0], mid[:, 1], mid[:, 2], torch.ones(n, device=device), look_at)
-
+    return Camera(*mid[:, :3].unbind(1), torch.ones(n, device=device), mid[:, 3:] * mid.new_tensor([1, 1, 0]))
 def spherical_to_cartesian(yaw, pitch, radius):
     """(B,) each -> (B, 3). y is up; yaw 0 lies on +z."""
     return torch.stack([radius * pitch.sin() * (-yaw).sin(), radius * pitch.cos(), radius * pitch.sin() * yaw.cos()], 1)
@@ -867,25 +693,20 @@ def cam2world(camera):
     """Camera-to-world matrices; the camera looks along its own -z, x is right, y is up. -> (B, 4, 4)"""
     origin = spherical_to_cartesian(camera.yaw, camera.pitch, camera.radius)          # (B, 3)
     forward = F.normalize(spherical_to_cartesian(*camera.look_at.unbind(1)) - origin, dim=1)
-    world_up = torch.tensor([0.0, 1.0, 0.0], device=origin.device, dtype=origin.dtype).expand_as(forward)
-    left = F.normalize(torch.linalg.cross(world_up, forward), dim=1)
+    left = F.normalize(torch.linalg.cross(origin.new_tensor([0.0, 1.0, 0.0]).expand_as(forward), forward), dim=1)
     up = F.normalize(torch.linalg.cross(forward, left), dim=1)
     top = torch.stack([-left, up, -forward, origin], dim=2)                           # (B, 3, 4)
-    bottom = torch.tensor([0.0, 0.0, 0.0, 1.0], device=origin.device, dtype=origin.dtype).expand(len(origin), 1, 4)
-    return torch.cat([top, bottom], dim=1)
+    return torch.cat([top, origin.new_tensor([0.0, 0.0, 0.0, 1.0]).expand(len(origin), 1, 4)], dim=1)
 
 def patch_grid(patch, n, resolution, device):
     """Coordinates of the pixels of an image or a patch, corners included: x right, y up, in [-1, 1]. -> (n, H, W, 2)"""
     line = torch.linspace(-1, 1, resolution, device=device)
     xy = torch.stack(torch.meshgrid(line, -line, indexing="xy"), dim=-1).expand(n, -1, -1, -1)
-    if patch is None:
-        return xy
-    return (xy + 1) * patch.scale.view(n, 1, 1, 1) - 1 + 2 * patch.offset.view(n, 1, 1, 2)
+    return xy if patch is None else (xy + 1) * patch.scale.view(n, 1, 1, 1) - 1 + 2 * patch.offset.view(n, 1, 1, 2)
 
 def camera_rays(camera, resolution, patch=None):
     """One ray per pixel, rows from the top. -> origins, unit directions, both (B, resolution², 3), in world units."""
-    n = len(camera.yaw)
-    pose = cam2world(camera)
+    n, pose = len(camera.yaw), cam2world(camera)
     xy = patch_grid(patch, n, resolution, pose.device).reshape(n, -1, 2)              # (B, R, 2)
     focal = 1 / (camera.fov * (math.pi / 360)).tan()
     in_camera = F.normalize(torch.cat([xy, -focal.view(n, 1, 1).expand(-1, xy.shape[1], 1)], 2), dim=2)
@@ -894,17 +715,14 @@ def camera_rays(camera, resolution, patch=None):
 
 class CameraAdaptor(nn.Module):
     """One MLP of the camera generator: parameters, embeddings of z and class -> new parameters before the sigmoid."""
-
     def __init__(self, in_features, z_dim, num_classes, out_features, lr_mult):
         super().__init__()
-        def layer(i, o, activation=F.softplus):
-            return Linear(i, o, activation, lr_mult)
+        layer = lambda i, o, activation=F.softplus: Linear(i, o, activation, lr_mult)
         self.project_params = layer(in_features, 256)
         self.project_z = layer(z_dim, 16) if z_dim else None
         self.project_c = layer(num_classes, 16) if num_classes else None
         width = 256 + 16 * bool(z_dim) + 16 * bool(num_classes)
         self.main = nn.Sequential(layer(width, 256), layer(256, out_features, None))
-
     def forward(self, params, z, c):  # (B, in), (B, z_dim), (B, num_classes) -> (B, out)
         x = [self.project_params(params)]
         if self.project_z is not None:
@@ -915,14 +733,12 @@ class CameraAdaptor(nn.Module):
 
 class CameraGenerator(nn.Module):
     """Maps a prior camera to a posterior one (paper section 3.2). The origin sees the class, the look-at also z."""
-
     def __init__(self, cfg):
         super().__init__()
         self.num_classes = cfg.num_classes
         self.register_buffer("ranges", camera_ranges(cfg), persistent=False)
         self.origin_adaptor = CameraAdaptor(4, 0, cfg.num_classes, 4, cfg.camera_lr_mult)
         self.look_at_adaptor = CameraAdaptor(8, cfg.z_dim, cfg.num_classes, 4, cfg.camera_lr_mult)
-
     def forward(self, prior, z, c):
         """prior: a Camera of B; z (B, z_dim); c int64 (B,) -> the posterior Camera, every parameter in its range."""
         low, high = self.ranges.unbind(1)
@@ -939,7 +755,6 @@ class CameraGenerator(nn.Module):
 def emd_1d(a, b):
     """Squared-cost optimal transport between equal numbers of scalars: in 1-D, sort both. a, b (n, ...) -> (...)"""
     return (a.sort(0).values - b.sort(0).values).square().mean(0)
-
 def camera_emd(prior, posterior):
     """Earth mover's distance of each of the six camera parameters, in squared radians or degrees. -> (6,)"""
     return emd_1d(camera_parameters(prior), camera_parameters(posterior))
@@ -953,8 +768,7 @@ def camera_gradient_penalty(camera_generator, prior, z, c):
 
 def sample_patch(cfg, n, kimg):
     """n random patches; every MBSTD_GROUP consecutive ones are the same. Scale ~ s_min + (1 - s_min) Beta(1, b)."""
-    groups = -(-n // MBSTD_GROUP)
-    smallest = cfg.patch_resolution / cfg.resolution
+    groups, smallest = -(-n // MBSTD_GROUP), cfg.patch_resolution / cfg.resolution
     v = torch.rand(groups, dtype=torch.float64)
     beta = 1 - v ** (1 / schedules(cfg, kimg)["patch_beta"])   # the inverse of Beta(1, b)'s distribution function
     scale = smallest + (1 - smallest) * beta
@@ -966,9 +780,7 @@ def extract_patch(image, patch, resolution):
     grid = patch_grid(patch, len(image), resolution, image.device) * image.new_tensor([1.0, -1.0])
     return F.grid_sample(image, grid, mode="bilinear", align_corners=True)
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Rendering (NeRF's quadrature, Mildenhall et al. 2020; hierarchical samples as in EG3D)
-
+# ---- Rendering (NeRF's quadrature, Mildenhall et al. 2020; hierarchical samples as in EG3D) --------------------------
 def stratified_depths(near, far, shape, samples, random, device):
     """Depths of the coarse samples: one in each interval between midpoints of an even grid. -> (*shape, S)"""
     grid = torch.linspace(near, far, samples, device=device)
@@ -979,9 +791,7 @@ def stratified_depths(near, far, shape, samples, random, device):
 
 def importance_depths(depths, weights, u):
     """Invert the piecewise constant distribution of the coarse weights. No gradient.
-
-    depths (..., S) sorted, weights (..., S), u (..., K) in [0, 1] -> (..., K). Bins are the midpoints of `depths`.
-    """
+    depths (..., S) sorted, weights (..., S), u (..., K) in [0, 1] -> (..., K). Bins are the midpoints of `depths`."""
     with torch.no_grad():
         bins = (depths[..., 1:] + depths[..., :-1]) / 2                               # (..., S-1)
         pdf = weights[..., 1:-1] + 1e-5 + 1e-5                                        # (..., S-2)
@@ -1009,15 +819,12 @@ def march_rays(rgb, sigma_raw, depths):
 
 class TriplaneDecoder(nn.Module):
     """Two layers from the mean plane feature to colour (as is, no sigmoid) and density (before the softplus)."""
-
     def __init__(self, features):
         super().__init__()
         self.model = nn.Sequential(Linear(features, 64, leaky_relu), Linear(64, 4))
-
     def forward(self, features):  # (..., C) -> (..., 3), (...)
         out = self.model(features)
         return out[..., :3], out[..., 3]
-
     def packed(self):
         """All weights in one vector, as custom_ops.cu has them; C, at most 32, padded by zeros to 16 or 32."""
         (w1, b1), (w2, b2) = self.model[0].effective(), self.model[1].effective()
@@ -1026,9 +833,7 @@ class TriplaneDecoder(nn.Module):
 
 def query_triplane(planes, points, box, decoder, fused):
     """Colour and density at points: `decoder(sample_triplane(planes, points, box))`, fused or not.
-
-    planes (B, 3, C, T, T), points (B, N, 3) in world units -> rgb (B, N, 3), sigma_raw (B, N)
-    """
+    planes (B, 3, C, T, T), points (B, N, 3) in world units -> rgb (B, N, 3), sigma_raw (B, N)"""
     if not fused:
         return decoder(sample_triplane(planes, points, box))
     if planes.shape[2] > 32:
@@ -1036,12 +841,9 @@ def query_triplane(planes, points, box, decoder, fused):
     out = triplane(planes, points, box, decoder.packed())
     return out[..., :3], out[..., 3]
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Generator: mapping, StyleGAN2 backbone, depth adaptor (paper sections 3.1 and 3.3)
-
+# ---- Generator: mapping, StyleGAN2 backbone, depth adaptor (paper sections 3.1 and 3.3) ------------------------------
 class MappingNetwork(nn.Module):
     """z and class (or, in the discriminator, conditions alone) -> w. Two layers, learning rate 1/100."""
-
     def __init__(self, z_dim, c_dim, w_dim):
         super().__init__()
         self.embed = Linear(c_dim, w_dim) if c_dim else None
@@ -1049,62 +851,47 @@ class MappingNetwork(nn.Module):
         self.fc1 = Linear(w_dim, w_dim, leaky_relu, lr_mult=0.01)
         if z_dim:
             self.register_buffer("w_avg", torch.zeros(w_dim))
-
     def forward(self, z, c):  # (B, z_dim) or None, (B, c_dim) or None -> (B, w_dim)
-        x = [] if z is None else [normalize_2nd_moment(z)]
-        if self.embed is not None:
-            x.append(normalize_2nd_moment(self.embed(c)))
-        return self.fc1(self.fc0(torch.cat(x, 1)))
+        inputs = [z, self.embed(c) if self.embed is not None else None]
+        return self.fc1(self.fc0(torch.cat([normalize_2nd_moment(x) for x in inputs if x is not None], 1)))
 
 class SynthesisLayer(nn.Module):
-    """3x3 modulated and demodulated convolution, noise, leaky ReLU. up=2 doubles the resolution.
-
-    The weights are shared over the batch: scaling the input by the style and the output by the demodulation is the same
-    as scaling the weights (StyleGAN2, equations 1 and 3).
-    """
-
+    """3x3 modulated and demodulated convolution, noise, leaky ReLU. up=2 doubles the resolution. The batch shares the
+    weights: the style scales the input, the demodulation the output, to the same effect (StyleGAN2, equations 1, 3)."""
     def __init__(self, in_channels, out_channels, w_dim, resolution, up=1):
         super().__init__()
         self.affine = Linear(w_dim, in_channels, bias_init=1)
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, 3, 3))
         self.bias = nn.Parameter(torch.zeros(out_channels))
         self.register_buffer("noise_const", torch.randn(resolution, resolution))
-        self.noise_strength = nn.Parameter(torch.zeros([]))
-        self.up = up
-
+        self.noise_strength, self.up = nn.Parameter(torch.zeros([])), up
     def forward(self, x, w, noise):  # (B, in, H, W), (B, w_dim) -> (B, out, up H, up W)
         style = self.affine(w)                                                        # (B, in)
         demod = (style.square() @ self.weight.square().sum((2, 3)).t() + 1e-8).rsqrt()  # (B, out)
         x = x * style[:, :, None, None].to(x.dtype)
-        if self.up == 2:
-            x = F.conv_transpose2d(x, self.weight.transpose(0, 1).to(x.dtype), stride=2)  # (B, out, 2H+1, 2W+1)
-            x = fir_filter(x, padding=1, gain=4)
+        if self.up == 2:  # the filter makes 2H x 2W of (B, out, 2H+1, 2W+1)
+            x = fir_filter(F.conv_transpose2d(x, self.weight.transpose(0, 1).to(x.dtype), stride=2), padding=1, gain=4)
         else:
             x = F.conv2d(x, self.weight.to(x.dtype), padding=1)
-        bias = self.bias[:, None, None]                                               # (out, 1, 1)
-        if noise == "random":
-            bias = bias + torch.randn(len(x), 1, *x.shape[2:], device=x.device) * self.noise_strength
-        elif noise == "const":
-            bias = bias + self.noise_const * self.noise_strength
-        gain = GAIN[leaky_relu]
+        bias, gain = self.bias[:, None, None], GAIN[leaky_relu]                       # (out, 1, 1)
+        if noise != "none":
+            n = torch.randn(len(x), 1, *x.shape[2:], device=x.device) if noise == "random" else self.noise_const
+            bias = bias + n * self.noise_strength
         return leaky_relu(torch.addcmul((bias * gain).to(x.dtype), x, (demod * gain)[:, :, None, None].to(x.dtype)))
 
 class ToRGB(nn.Module):
     """1x1 modulated convolution (not demodulated) to the tri-plane's channels."""
-
     def __init__(self, in_channels, out_channels, w_dim):
         super().__init__()
         self.affine = Linear(w_dim, in_channels, bias_init=1)
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, 1, 1))
         self.bias = nn.Parameter(torch.zeros(out_channels))
-
     def forward(self, x, w):  # (B, in, H, W), (B, w_dim) -> (B, out, H, W)
         style = self.affine(w) / math.sqrt(self.weight.shape[1])
         return F.conv2d(x * style[:, :, None, None].to(x.dtype), self.weight.to(x.dtype), self.bias.to(x.dtype))
 
 class SynthesisBlock(nn.Module):
     """Doubles the resolution (but for the first), then adds to the upsampled skip."""
-
     def __init__(self, in_channels, out_channels, w_dim, resolution, out_planes):
         super().__init__()
         if in_channels:
@@ -1113,19 +900,16 @@ class SynthesisBlock(nn.Module):
             self.const = nn.Parameter(torch.randn(out_channels, resolution, resolution))
         self.conv1 = SynthesisLayer(out_channels, out_channels, w_dim, resolution)
         self.torgb = ToRGB(out_channels, out_planes, w_dim)
-
     def forward(self, x, skip, w, noise):
         x = self.const.expand(len(w), -1, -1, -1) if x is None else self.conv0(x, w, noise)
         x = self.conv1(x, w, noise)
-        y = self.torgb(x, w).to(w.dtype)   # the skips are summed in w's precision
+        y = self.torgb(x, w).to(w.dtype)  # the skips are summed in w's precision
         return x, y if skip is None else upsample(skip) + y
-
 def channels(cfg, resolution):
     return min(cfg.channel_base // resolution, cfg.channel_max)
 
 class TriplaneBackbone(nn.Module):
     """StyleGAN2 synthesis network with 3 x C output channels."""
-
     def __init__(self, cfg):
         super().__init__()
         self.features = cfg.triplane_features
@@ -1133,48 +917,34 @@ class TriplaneBackbone(nn.Module):
         for r in self.resolutions:
             in_channels = channels(cfg, r // 2) if r > 4 else 0
             setattr(self, f"b{r}", SynthesisBlock(in_channels, channels(cfg, r), cfg.w_dim, r, 3 * self.features))
-
-    def forward(self, w, noise="const"):
-        """w (B, w_dim), noise: "const", "random" or "none" -> planes (B, 3, C, T, T)"""
+    def forward(self, w, noise="const"):  # (B, w_dim), "const", "random" or "none" -> (B, 3, C, T, T)
         x = planes = None
         for r in self.resolutions:
             x, planes = getattr(self, f"b{r}")(x, planes, w, noise)
         return planes.view(len(w), 3, self.features, *planes.shape[2:])
 
 class DepthAdaptor(nn.Module):
-    """Turns rendered depth into something that looks like estimated depth (paper section 3.1).
-
-    Depth is normalised to about [-1, 1] between a learned near plane and `far`; three convolutions follow, and one
-    shared head reads each of them. Candidate 0 is the normalised depth itself.
-    """
-
+    """Makes rendered depth look like estimated depth (paper section 3.1). Candidate 0 is the depth, to about [-1, 1]
+    between a learned near plane and `far`; 1 to 3 are what one shared head reads from each of three convolutions."""
     def __init__(self, cfg):
         super().__init__()
-        self.near, self.far = cfg.near, cfg.far
-        width = cfg.adaptor_channels
+        self.near, self.far, width = cfg.near, cfg.far, cfg.adaptor_channels
         self.near_plane_offset_raw = nn.Parameter(torch.tensor([-3.0]))
         self.layers = nn.ModuleList(Conv2d(i, width, 5, leaky_relu) for i in (1, width, width))
         self.head = Conv2d(width, 1, 1)
-
     def near_offset(self):
         """How far the learned near plane lies beyond `near`, in world units, in (0, (far - near) / 4)."""
         return self.near_plane_offset_raw.sigmoid() * 0.25 * (self.far - self.near)
-
     def normalize(self, depth):
         near = self.near + self.near_offset()
         return 2 * (depth - (near + self.far) / 2) / (self.far - near)
-
     def candidates(self, depth):
         """depth (B, 1, H, W) in world units -> (4, B, 1, H, W), from un-adapted to most adapted."""
-        x = self.normalize(depth)
-        out = [x]
+        x = [self.normalize(depth)]
         for layer in self.layers:
-            x = layer(x)
-            out.append(self.head(x))
-        return torch.stack(out)
-
-    def forward(self, depth, choice):
-        """Candidate choice[i], an int64 (B,), of each sample. -> (B, 1, H, W)"""
+            x.append(layer(x[-1]))
+        return torch.stack([x[0], *map(self.head, x[1:])])
+    def forward(self, depth, choice):  # (B, 1, H, W), each sample's candidate int64 (B,) -> (B, 1, H, W)
         return self.candidates(depth)[choice, torch.arange(len(choice), device=choice.device)]
 
 def sample_adaptor_choice(cfg, n, kimg, device):
@@ -1186,17 +956,12 @@ def sample_adaptor_choice(cfg, n, kimg, device):
         share = {"never": 0.0, "half": 0.5, "always": 1.0}[cfg.depth_adaptor]
         probabilities = torch.tensor([1 - share, 0, 0, share])
     return torch.multinomial(probabilities, n, replacement=True).to(device)
-
 def evaluation_level(cfg):
     """The candidate that is looked at outside training: the last, unless that is never trained."""
     return 0 if cfg.depth_adaptor == "never" else 3
 
 class Generator(nn.Module):
-    """z and class -> w -> tri-planes -> image and depth from a camera.
-
-    In training mode ray samples are random; in evaluation mode the render is a function of its inputs.
-    """
-
+    """z and class -> w -> tri-planes -> image and depth from a camera. Ray samples are random in training mode only."""
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
@@ -1206,7 +971,6 @@ class Generator(nn.Module):
         self.camera_generator = CameraGenerator(cfg) if cfg.camera == "learned" else None
         self.depth_adaptor = DepthAdaptor(cfg) if cfg.depth != "none" else None
         self.density_noise = 0.0   # standard deviation, set by the training loop
-
     def query(self, planes, origins, directions, depths, fused):
         """Colour and density at `depths` (B, R, S) on rays (B, R, 3). -> rgb (B, R, S, 3), sigma_raw (B, R, S)"""
         points = origins[:, :, None] + depths[..., None] * directions[:, :, None]      # (B, R, S, 3)
@@ -1214,9 +978,8 @@ class Generator(nn.Module):
         if self.training and self.density_noise > 0:
             sigma_raw = sigma_raw + self.density_noise * torch.randn_like(sigma_raw)
         return rgb.view(*depths.shape, 3), sigma_raw.view(depths.shape)
-
     def sample_rays(self, planes, origins, directions):
-        """Coarse and importance samples on rays (B, R, 3), sorted. -> rgb (B, R, S, 3), sigma_raw and depths (B, R, S)"""
+        """Coarse and importance samples on rays (B, R, 3), sorted -> rgb (B, R, S, 3), sigma_raw, depths (B, R, S)"""
         cfg, random, fused = self.cfg, self.training, self.cfg.fused and has_custom_ops(planes.device.type)
         B, R, _ = directions.shape
         coarse = stratified_depths(cfg.near, cfg.far, (B, R), cfg.coarse_samples, random, planes.device)
@@ -1229,15 +992,10 @@ class Generator(nn.Module):
         depths, order = torch.cat([coarse, fine], -1).sort(-1)                         # (B, R, S)
         rgb = torch.cat([rgb, fine_rgb], -2).gather(-2, order[..., None].expand(-1, -1, -1, 3))
         return rgb, torch.cat([sigma, fine_sigma], -1).gather(-1, order), depths
-
     def render(self, planes, camera, resolution, patch=None, chunk=2 ** 14, cut=False):
         """planes (B, 3, C, T, T), a Camera and, if wanted, a Patch of B -> rgb (B, 3, H, W), depth (B, 1, H, W)
-
-        In evaluation mode `chunk` rays at a time, which bounds the memory and changes nothing; cut: an image's densities
-        below their median count as 0.
-        """
-        if self.cfg.fused and has_custom_ops(planes.device.type):
-            planes = channels_last(planes)
+        Evaluation: `chunk` rays at a time, which only bounds memory. cut: densities below an image's median are 0."""
+        planes = channels_last(planes) if self.cfg.fused and has_custom_ops(planes.device.type) else planes
         rays = camera_rays(camera, resolution, patch)                                  # 2 x (B, R, 3)
         rays = [rays] if self.training else zip(*(x.split(max(1, chunk // len(x)), 1) for x in rays))
         samples = (self.sample_rays(planes, *r) for r in rays)
@@ -1245,16 +1003,12 @@ class Generator(nn.Module):
             samples = list(samples)
             median = torch.cat([sigma.flatten(1) for _, sigma, _ in samples], 1).median(1).values.view(-1, 1, 1)
             samples = [(rgb, sigma.masked_fill(sigma < median, -math.inf), depths) for rgb, sigma, depths in samples]
-        parts = [march_rays(*x)[:2] for x in samples]                                  # all but the weights
-        rgb, depth = (torch.cat(x, 1) for x in zip(*parts)) if len(parts) > 1 else parts[0]
+        rgb, depth = (torch.cat(x, 1) for x in zip(*(march_rays(*s)[:2] for s in samples)))   # all but the weights
         shape = (len(planes), -1, resolution, resolution)
         return rgb.transpose(1, 2).reshape(shape), depth.reshape(shape)
-
     def mapping(self, z, c):
         """z (B, z_dim), c int64 (B,) (ignored without classes) -> w (B, w_dim)"""
-        one_hot = F.one_hot(c, self.cfg.num_classes).to(z.dtype) if self.cfg.num_classes else None
-        return self.mapping_network(z, one_hot)
-
+        return self.mapping_network(z, F.one_hot(c, self.cfg.num_classes).to(z.dtype) if self.cfg.num_classes else None)
     def pose(self, prior, z, c):
         """The camera a sample is seen from: a function of the prior's draw (Camera), z (B, z_dim) and class (B,)."""
         if self.camera_generator is not None:
@@ -1268,40 +1022,29 @@ def mean_camera(G, c, draws=64):
     many = Camera(*(x.repeat(len(c), *[1] * (x.ndim - 1)) for x in prior))
     posterior = G.pose(many, z.repeat(len(c), 1), c.repeat_interleave(draws))
     return Camera(*(x.view(len(c), draws, *x.shape[1:]).mean(1) for x in posterior))
-
 def autocast(cfg, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
 
 def synthesize(G, z, c, prior, choice, patch=None):
-    """One pass from z to what the discriminator sees (paper figure 2).
-
-    z (B, z_dim), c (B,), prior Camera, choice (B,) of the depth candidate, patch (None: the whole image)
-    -> image (B, 4, P, P): RGB and adapted depth (3 channels without depth), w (B, w_dim)
-    """
-    cfg = G.cfg
-    camera = G.pose(prior, z, c)
-    w = G.mapping(z, c)
+    """z (B, z_dim), c (B,), prior Camera, choice (B,) of the depth candidate, patch (None: the whole image) -> what the
+    discriminator sees (paper figure 2): RGB and adapted depth (B, 4, P, P) (3 channels without depth); w (B, w_dim)"""
+    cfg, camera, w = G.cfg, G.pose(prior, z, c), G.mapping(z, c)
     with autocast(cfg, z.device):
         planes = G.backbone(w, noise="random" if G.training else "const")
-    rgb, depth = G.render(planes, camera, cfg.resolution if patch is None else cfg.patch_resolution, patch)
-    if G.depth_adaptor is None:
-        return rgb, w
-    with autocast(cfg, z.device):
-        adapted = G.depth_adaptor(depth, choice)
-    return torch.cat([rgb, adapted.float()], 1), w
+    image, depth = G.render(planes, camera, cfg.resolution if patch is None else cfg.patch_resolution, patch)
+    if G.depth_adaptor is not None:
+        with autocast(cfg, z.device):
+            image = torch.cat([image, G.depth_adaptor(depth, choice).float()], 1)
+    return image, w
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Discriminator with a distillation head (paper section 3.4), and the teacher
-
+# ---- Discriminator with a distillation head (paper section 3.4), and the teacher -------------------------------------
 class PatchEncoder(nn.Module):
     """Scale and offset, each as sines, cosines and a learned embedding of 1000 x value. (B, 3) -> (B, 828)"""
-
     def __init__(self):
         super().__init__()
         self.const_embed = nn.Embedding(1001, 256)
         self.fourier_encoder = nn.Module()
         self.fourier_encoder.register_buffer("fourier_coefs", math.pi * 2.0 ** torch.arange(10) / 1024)
-
     def forward(self, values):
         x = values * 1000                                                             # (B, 3)
         phase = x[..., None] * self.fourier_encoder.fourier_coefs                     # (B, 3, 10)
@@ -1310,7 +1053,6 @@ class PatchEncoder(nn.Module):
 
 class DiscriminatorBlock(nn.Module):
     """Residual block; the second convolution's input is modulated by the patch. down=1 keeps the resolution."""
-
     def __init__(self, img_channels, in_channels, out_channels, down):
         super().__init__()
         self.fromrgb = Conv2d(img_channels, in_channels, 1, leaky_relu) if img_channels else None
@@ -1318,10 +1060,8 @@ class DiscriminatorBlock(nn.Module):
         self.conv1 = Conv2d(in_channels, out_channels, 3, leaky_relu, down=down, gain=math.sqrt(0.5))
         self.conv1.affine = Linear(512, in_channels)      # named as in the reference
         self.skip = Conv2d(in_channels, out_channels, 1, bias=False, down=down, gain=math.sqrt(0.5))
-
     def forward(self, x, h):  # (B, in, H, W), (B, 512) -> (B, out, H/down, W/down)
-        if self.fromrgb is not None:
-            x = self.fromrgb(x)
+        x = x if self.fromrgb is None else self.fromrgb(x)
         y = self.conv0(x)
         y = y * (1 + self.conv1.affine(h).tanh())[:, :, None, None].to(y.dtype)
         return self.skip(x) + self.conv1(y)
@@ -1336,7 +1076,6 @@ def minibatch_std(x):
 
 class DiscriminatorEpilogue(nn.Module):
     """4x4 features -> score vector, and the prediction of the teacher's features."""
-
     def __init__(self, in_channels, teacher_dim):
         super().__init__()
         self.conv = Conv2d(in_channels + 1, in_channels, 3, leaky_relu)
@@ -1344,14 +1083,12 @@ class DiscriminatorEpilogue(nn.Module):
         self.out = Linear(in_channels, in_channels)
         self.feat_out = nn.Sequential(Linear(in_channels * 16, in_channels, leaky_relu),
                                       Linear(in_channels, teacher_dim)) if teacher_dim else None
-
     def forward(self, x):  # (B, C, 4, 4) -> (B, C), (B, teacher_dim) or None
         x = self.conv(minibatch_std(x)).flatten(1)
         return self.out(self.fc(x)), self.feat_out(x) if self.feat_out is not None else None
 
 class Discriminator(nn.Module):
     """StyleGAN2's residual discriminator on patches, as wide as one for whole images: its first blocks keep size."""
-
     def __init__(self, cfg):
         super().__init__()
         self.num_classes = cfg.num_classes
@@ -1360,44 +1097,36 @@ class Discriminator(nn.Module):
         self.hyper_mod_mapping = MappingNetwork(0, 828, 512)
         self.resolutions = [2 ** i for i in range(int(math.log2(cfg.resolution)), 2, -1)]
         for r in self.resolutions:
-            setattr(self, f"b{r}", DiscriminatorBlock(
-                img_channels if r == cfg.resolution else 0, channels(cfg, r), channels(cfg, r // 2),
-                down=2 if r <= cfg.patch_resolution else 1))
+            widths = img_channels if r == cfg.resolution else 0, channels(cfg, r), channels(cfg, r // 2)
+            setattr(self, f"b{r}", DiscriminatorBlock(*widths, down=2 if r <= cfg.patch_resolution else 1))
         self.head_mapping = MappingNetwork(0, 828 + cfg.num_classes, channels(cfg, 4))
         with torch.no_grad():  # ours: else the one-hot class drowns in 828 numbers, and short runs ignore it
             self.head_mapping.embed.weight[:, :cfg.num_classes] *= math.sqrt(828)
         self.b4 = DiscriminatorEpilogue(channels(cfg, 4), cfg.teacher_dim)
-
     def forward(self, image, c, patch):
         """image (B, 3 or 4, P, P), c int64 (B,), Patch -> score (B,), teacher features (B, teacher_dim) or None"""
         code = self.scalar_enc(torch.cat([patch.scale[:, None], patch.offset], 1))     # (B, 828)
-        h = self.hyper_mod_mapping(None, code)
-        x = image
+        x, h = image, self.hyper_mod_mapping(None, code)
         for r in self.resolutions:
             x = getattr(self, f"b{r}")(x, h)
         if self.num_classes:
             code = torch.cat([F.one_hot(c, self.num_classes).to(code.dtype), code], 1)
         with torch.autocast(x.device.type, enabled=False):     # statistics and scores in the weights' precision
-            x, features = self.b4(x.to(code.dtype))
-            m = self.head_mapping(None, code)
+            (x, features), m = self.b4(x.to(code.dtype)), self.head_mapping(None, code)
             return (x * m).sum(1) / math.sqrt(m.shape[1]), features
 
 class Teacher(nn.Module):
     """A frozen timm classifier's pooled features of whole images in [-1, 1]. (B, 3, H, W) -> (B, teacher_dim)
-
-    head: keep its last layer, `model.get_classifier()`, which makes class scores of the features.
-    """
+    head: keep its last layer, `model.get_classifier()`, which makes class scores of the features."""
     def __init__(self, name, weights="", flag="--teacher", head=False):
         super().__init__()
         import timm  # only who distils needs it; its import takes seconds
         if not timm.is_model(name):
             raise UserError(f"{flag} {name}: timm has no model of that name; see timm.list_models()")
-        given = f"{flag} timm:{name}:" if head else f"{flag}-weights "
-        kind = {} if head else dict(num_classes=0)
+        given, kind = (f"{flag} timm:{name}:", {}) if head else (f"{flag}-weights ", dict(num_classes=0))
         if weights:
             self.model = timm.create_model(name, pretrained=False, **kind)
-            state = load_tensors(weights, given.rstrip())
-            own = self.model.state_dict()
+            own, state = self.model.state_dict(), load_tensors(weights, given.rstrip())
             state = state if isinstance(state, dict) else {}
             wrong = [k for k in own if getattr(state.get(k), "shape", None) != own[k].shape]
             if wrong:
@@ -1416,16 +1145,13 @@ class Teacher(nn.Module):
         self.register_buffer("mean", torch.tensor(data["mean"]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(data["std"]).view(3, 1, 1), persistent=False)
         self.dim = self(torch.zeros(1, 3, 8, 8)).shape[1]   # not num_features: some models pool to another width
-
     @torch.no_grad()
     def forward(self, image):
         x = F.interpolate(image, (self.size, self.size), mode="bicubic", antialias=True)
         x = self.model.forward_features(((x + 1) / 2 - self.mean) / self.std)
         return self.model.forward_head(x, pre_logits=True).float()
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Losses (paper section 3.5)
-
+# ---- Losses (paper section 3.5) --------------------------------------------------------------------------------------
 def blur(image, sigma):
     """Separable blur with taps 2^-(x / sigma)², |x| <= floor(3 sigma), zero padding. (B, C, H, W) -> the same"""
     if 3 * sigma < 1:
@@ -1440,36 +1166,30 @@ def blur(image, sigma):
 def r1_penalty(score, image):
     """Squared norm of the score's gradient with respect to the image (Mescheder et al. 2018). -> (B,)"""
     return torch.autograd.grad(score.sum(), image, create_graph=True)[0].square().sum((1, 2, 3))
-
 def distillation_distance(predicted, target):
     """L2 distance of predicted and teacher features (paper section 3.4). (B, F), (B, F) -> (B,)"""
     return (predicted - target).norm(dim=1)
 
 def draw_latents(cfg, n, labels):
     """n draws of z ~ N(0, I), a class by the frequencies in the data's labels (N,), and a prior camera."""
-    device = labels.device
-    z = torch.randn(n, cfg.z_dim, device=device)
-    c = labels[torch.randint(max(len(labels), 1), (n,), device=device)] if cfg.num_classes else z.new_zeros(n).long()
-    return z, c, sample_camera_prior(cfg, n, device)
+    z = torch.randn(n, cfg.z_dim, device=labels.device)
+    c = labels[torch.randint(max(len(labels), 1), (n,), device=z.device)] if cfg.num_classes else z.new_zeros(n).long()
+    return z, c, sample_camera_prior(cfg, n, z.device)
 
 def camera_regularizer(G, labels, kimg):
     """What keeps the camera posterior from collapsing (paper section 3.2) -> loss, {name: (6,) or scalar} to log
-
-    256 samples measure the mean direction, the first 64 of them the spread.
-    """
+    256 samples measure the mean direction, the first 64 of them the spread."""
     cfg, device = G.cfg, labels.device
     z, c, prior = draw_latents(cfg, 256, labels)
     posterior = G.camera_generator(prior, z, c)
-    angles = torch.stack([posterior.yaw, posterior.pitch], 1).mean(0)
-    center = (angles - camera_ranges(cfg, device)[:2].mean(1)).norm()
+    center = (torch.stack([posterior.yaw, posterior.pitch], 1).mean(0) - camera_ranges(cfg, device)[:2].mean(1)).norm()
     emd = camera_emd(rows(prior, 0, 64), rows(posterior, 0, 64))
     spread = (camera_gradient_penalty(G.camera_generator, rows(prior, 0, 64), z[:64], c[:64])
               if cfg.camera_reg == "grad" else emd)
     yaw, pitch, fov, look_at = cfg.camera_reg_weights
     weights = torch.tensor([yaw, pitch, fov, look_at, look_at, look_at], device=device)
     if cfg.camera_reg == "emd" and cfg.camera_reg_units == "range":
-        low, high = camera_ranges(cfg, device).unbind(1)
-        weights = weights / (high - low).square()
+        weights = weights / camera_ranges(cfg, device).diff(dim=1)[:, 0].square()
     loss = cfg.camera_center * center
     if cfg.camera_reg != "none":
         loss = loss + schedules(cfg, kimg)["camera_reg_weight"] * (weights * spread).sum()
@@ -1477,9 +1197,7 @@ def camera_regularizer(G, labels, kimg):
     return loss, dict(camera_reg=loss.detach(), camera_center=center.detach(), camera_emd=emd.detach(),
                       camera_mean=p.mean(0), camera_std=p.std(0))
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Metrics: distances between samples and data, and what is known where the data know the truth
-
+# ---- Metrics: distances between samples and data, and what is known where the data know the truth --------------------
 def frechet_distance(a, b):
     """Frechet distance of two Gaussians, each (mean (F,), covariance (F, F)) in float64; nan if one is not finite."""
     (mean_a, cov_a), (mean_b, cov_b) = a, b
@@ -1489,16 +1207,9 @@ def frechet_distance(a, b):
     root = vectors * values.clamp(min=0).sqrt() @ vectors.t()
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()    # trace of the root of cov_a cov_b
     return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
-
-def non_flatness_score(depth, near, far, bins=64):
-    """exp of the entropy of each depth map's histogram: 1 is a flat wall (paper section 4). (B, ...) -> (B,)"""
-    index = ((depth.flatten(1).clamp(near, far) - near) / (far - near) * bins).long().clamp(max=bins - 1)
-    p = F.one_hot(index, bins).double().mean(1)
-    return torch.special.entr(p).sum(1).exp()
-
-def wasserstein_1d(a, b):
-    """First Wasserstein distance of two sets of scalars of equal size, per column. (n, K), (n, K) -> (K,)"""
-    return (a.sort(0).values - b.sort(0).values).abs().mean(0)
+def gaussian(x):
+    """Mean and covariance of features (N, F), in float64."""
+    return x.double().mean(0), x.double().t().cov()
 
 def kernel_distance(a, b, subsets=100, size=1000):
     """KID (Binkowski et al. 2018): unbiased squared MMD with the kernel (x.y / F + 1)³, mean over random subsets."""
@@ -1511,64 +1222,57 @@ def kernel_distance(a, b, subsets=100, size=1000):
     return total / subsets
 
 def precision_recall(real, fake, k=3):
-    """Share of fakes that lie among the reals, within some real's distance to its k-th neighbour, and the reverse
-    (Kynkaanniemi et al. 2019). (N, F), (M, F) -> precision, recall"""
+    """Share of fakes (M, F) that lie among the reals (N, F), within a real's distance to its k-th neighbour, and the
+    reverse (Kynkaanniemi et al. 2019). -> precision, recall"""
     def covered(x, by):
         radius = torch.cat([torch.cdist(part, by).kthvalue(k + 1).values for part in by.split(1000)])   # 1st: itself
         return float(torch.cat([(torch.cdist(part, by) <= radius).any(1) for part in x.split(1000)]).double().mean())
     return covered(fake, real), covered(real, fake)
-
 def inception_score(p, splits=10):
-    """exp of the mean divergence of class probabilities p (N, K) from their mean, averaged over splits."""
+    """exp of the mean divergence of class probabilities p (N, K) from their mean; averaged over splits."""
     parts = [x.double().clamp(min=1e-16) for x in p.tensor_split(splits) if len(x)]
     return sum(float((x * (x.log() - x.mean(0).log())).sum(1).mean().exp()) for x in parts) / len(parts)
+def non_flatness_score(depth, near, far, bins=64):
+    """exp of the entropy of each depth map's histogram: 1 is a flat wall (paper section 4). (B, ...) -> (B,)"""
+    index = ((depth.flatten(1).clamp(near, far) - near) / (far - near) * bins).long().clamp(max=bins - 1)
+    return torch.special.entr(F.one_hot(index, bins).double().mean(1)).sum(1).exp()
+def area8(image):
+    """8x8 area averages of all channels: where things are, their colour and depth. (B, C, H, W) -> (B, 64 C)"""
+    return F.adaptive_avg_pool2d(image, 8).flatten(1)
 
 INCEPTION = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 
 class Detector:
-    """What images are compared by. images (B, 3 or 4, H, W) in [-1, 1] -> features (B, F) and class probabilities side
-    by side. name: "inception" (the field's TorchScript file, downloaded), such a file, "timm:NAME[:WEIGHTS]", or
-    "area8", 8x8 area averages of all channels: where things are, their colour and depth.
-
-    label is "" for Inception; numbers of all others must carry it.
-    """
+    """What images are compared by. (B, 3 or 4, H, W) in [-1, 1] -> features (B, width) and class probabilities, if any,
+    side by side. name: "inception" (the field's TorchScript file, downloaded), such a file, "timm:NAME[:WEIGHTS]", or
+    "area8". label is "" for Inception: numbers of all others must carry it."""
     def __init__(self, name, device):
-        kind, self.label, self.file, self.width = name.partition(":")[0], name, "", None
-        if kind == "timm":
-            self.label, _, self.file = name[5:].partition(":")
+        kind, _, rest = name.partition(":")
+        self.label, self.file, self.width = name, "", None
+        if kind == "area8":
+            self.measure = lambda x: [area8(x)]
+        elif kind == "timm":
+            self.label, _, self.file = rest.partition(":")
             net = Teacher(self.label, self.file, "--detector", head=True).to(device)
-            self.measure = lambda x: (f := net(x[:, :3].clamp(-1, 1)), net.model.get_classifier()(f).softmax(1))
-        elif kind == "area8":
-            self.measure = lambda x: (F.adaptive_avg_pool2d(x, 8).flatten(1), x.new_zeros(len(x), 0))
+            self.measure = lambda x: [f := net(x[:, :3].clamp(-1, 1)), net.model.get_classifier()(f).softmax(1)]
+            self.width = net.dim
         else:
-            known = Path(torch.hub.get_dir()) / "checkpoints" / Path(INCEPTION).name
-            self.file = known if name == "inception" else Path(name)
-            self.label = "" if self.file.stem == known.stem else self.file.stem
+            field, byte = Path(INCEPTION), lambda x: (x[:, :3] * 127.5 + 128).clamp(0, 255).byte()
+            self.file = Path(torch.hub.get_dir()) / "checkpoints" / field.name if name == "inception" else Path(name)
+            self.label = "" if self.file.stem == field.stem else self.file.stem
             try:
-                if name == "inception" and not known.exists():
-                    known.parent.mkdir(parents=True, exist_ok=True)
-                    torch.hub.download_url_to_file(INCEPTION, str(known), progress=distributed()[0] == 0)
+                if name == "inception" and not self.file.exists():
+                    self.file.parent.mkdir(parents=True, exist_ok=True)
+                    torch.hub.download_url_to_file(INCEPTION, str(self.file), progress=distributed()[0] == 0)
                 net = torch.jit.load(self.file, map_location=device).eval()
+                self.measure = lambda x: (net(byte(x), return_features=True), net(byte(x), no_output_bias=True))
+                self.width = self.measure(torch.zeros(1, 3, 64, 64, device=device))[0].shape[1]
             except Exception as e:  # urllib and torch raise anything
-                raise UserError(f"--detector {name}: cannot {'download ' + INCEPTION if name == 'inception' else 'read'} "
-                                f"({str(e).splitlines()[0]}); give its file by --detector FILE, or another network by "
-                                "--detector timm:NAME[:WEIGHTS]") from None
-            def measure(x):
-                x = (x[:, :3] * 127.5 + 128).clamp(0, 255).byte()
-                return net(x, return_features=True), net(x, no_output_bias=True)
-            self.measure = measure
-        if kind != "area8":
-            self.width = self.measure(torch.zeros(1, 3, 64, 64, device=device))[0].shape[1]
-
+                what = f"cannot fetch {INCEPTION}" if name == "inception" else "not TorchScript in the field's format"
+                raise UserError(f"--detector {name}: {what} ({str(e).strip().splitlines()[0]}); give its file by "
+                                "--detector FILE, or another network by --detector timm:NAME[:WEIGHTS]") from None
     def __call__(self, image):
         return torch.cat([x.float() for x in self.measure(image)], 1)
-
-def open_detector(options, device):
-    """Checks --metrics and --detector. -> Detector, or None where no metric needs one"""
-    kinds = {kind for kind, _, _ in parse_metrics(options.metrics)}
-    if "is" in kinds and options.detector == "area8":
-        raise UserError("--metrics: area8 gives no class probabilities, which is needs; choose another --detector")
-    return Detector(options.detector, device) if kinds - {"nfs"} else None
 
 def parse_metrics(text):
     """"fid50k,nfs256" -> [("fid", "50k", 50000), ("nfs", "256", 256)]. Below 10k, k is 1,024, as in the field."""
@@ -1581,6 +1285,13 @@ def parse_metrics(text):
         out.append((found[1], found[2] + found[3], n))
     return out
 
+def open_detector(options, device):
+    """Checks --metrics and --detector. -> Detector, or None where no metric needs one"""
+    kinds = {kind for kind, _, _ in parse_metrics(options.metrics)}
+    if "is" in kinds and options.detector == "area8":
+        raise UserError("--metrics: area8 gives no class probabilities, which is needs; choose another --detector")
+    return Detector(options.detector, device) if kinds - {"nfs"} else None
+
 def share(n, rank, world):
     """Items of this process when n are dealt out; all get the same number, so that some wrap round."""
     return [i % n for i in range(rank, -(-n // world) * world, world)]
@@ -1592,7 +1303,7 @@ def collect(batches, n, keep, rank, world):
     for x in batches:
         counts = torch.arange(i, i + world * len(x), world, device=x.device) < n     # not those that wrapped
         y = F.pad(x.double(), (1, 0), value=1.0) * counts[:, None]  # a one in front: y^T y has count, sum and products
-        parts, total, i = [*parts, x] if i < keep else parts, total + y.t() @ y, i + world * len(x)
+        parts, total, i = [*parts, x] if i - rank < keep else parts, total + y.t() @ y, i + world * len(x)
     x = torch.cat(parts)[:-(-keep // world)]
     if world > 1:
         dist.all_reduce(total)
@@ -1602,125 +1313,107 @@ def collect(batches, n, keep, rank, world):
     mean = total[0, 1:] / n
     return x[:keep], mean, (total[1:, 1:] - n * torch.outer(mean, mean)) / (n - 1)
 
+def batches(items, cfg, rank, desc):
+    """Items, a tensor or a list, in parts that fit into memory, with a progress bar."""
+    n = max(1, min(16, 2 ** 18 // cfg.resolution ** 2))
+    return tqdm([items[i:i + n] for i in range(0, len(items), n)], desc, unit="batch", disable=rank > 0, leave=False)
+
 def real_statistics(cfg, data, detector, device, reals, keep, rank, world):
-    """What `collect` says of the data (and its mirror image), or of `reals` of them; kept on disk. -> as `collect`"""
+    """`collect` of the data and its mirror image, or of `reals` of them; kept on disk."""
     total = len(data) * (2 if cfg.mirror else 1)
     n = min(reals or total, total)
-    weights = Path(detector.file).read_bytes() if detector.file else b""
-    key = repr((data.fingerprint(), cfg.resolution, cfg.mirror, cfg.depth, detector.label, n, keep)).encode() + weights
-    path = Path(torch.hub.get_dir()) / "3dgp" / f"{hashlib.sha256(key).hexdigest()[:24]}.pt"
+    key = repr((data.fingerprint(), cfg.resolution, cfg.mirror, cfg.depth, detector.label, n, keep)).encode()
+    key = hashlib.sha256(key + (Path(detector.file).read_bytes() if detector.file else b"")).hexdigest()[:24]
+    path = Path(torch.hub.get_dir()) / "3dgp" / f"{key}.pt"
     if not any_process(not path.exists(), device):
         return [x.to(device) for x in load_tensors(path, "cached statistics")]
     order = np.random.default_rng(0).permutation(total)[share(n, rank, world)].tolist()
-    loader = torch.utils.data.DataLoader(torch.utils.data.Subset(MirroredData(data), order), images_at_once(cfg),
+    loader = torch.utils.data.DataLoader(MirroredData(data), batch_sampler=batches(order, cfg, rank, "measuring data"),
                                          num_workers=cfg.workers, collate_fn=collate, worker_init_fn=ignore_signals)
-    stats = collect((detector(real_images(b, device)) for b in tqdm(loader, "measuring the data", **bar(rank))), n,
-                    min(keep, n), rank, world)
+    stats = collect((detector(real_images(b, device)) for b in loader), n, min(keep, n), rank, world)
     if distributed()[2] == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic(path) as tmp:
             torch.save([x.cpu() for x in stats], tmp)
     return stats
 
-def images_at_once(cfg):
-    return max(1, min(16, 2 ** 18 // cfg.resolution ** 2))     # 512² within memory
-
-def bar(rank):
-    return dict(unit="batch", disable=rank > 0, leave=False)
-
-def adapted_depth(G, depth):
-    return G.depth_adaptor.candidates(depth)[evaluation_level(G.cfg)]
-
 @torch.no_grad()
 def evaluate(G, data, labels, metrics, detector, reals, rank, world):
     """Metrics of G (in evaluation mode), over all processes; draws are the same at every call, however many there are.
     -> {name: number or list}. Only Inception's numbers are called fid, kid and is."""
-    cfg, device, wanted, out = G.cfg, labels.device, parse_metrics(metrics), {}
-    n = max((k for kind, _, k in wanted if kind != "nfs"), default=0)
+    cfg, device, wanted, level, out = G.cfg, labels.device, parse_metrics(metrics), evaluation_level(G.cfg), {}
     seed_draws(cfg.seed, -1, "evaluate", 0)
     z, c, prior = draw_latents(cfg, max(k for _, _, k in wanted), labels)
-
-    def batches(n, desc, measure):
-        for i in tqdm(torch.tensor(share(n, rank, world), device=device).split(images_at_once(cfg)), desc, **bar(rank)):
-            yield measure(i, G.backbone(G.mapping(z[i], c[i])))
-
-    def features(i, planes):
-        image, depth = G.render(planes, G.pose(Camera(*(x[i] for x in prior)), z[i], c[i]), cfg.resolution)
-        return detector(image if G.depth_adaptor is None else torch.cat([image, adapted_depth(G, depth)], 1))
-
-    def flatness(i, planes):
-        _, depth = G.render(planes, mean_camera(G, c[i]), cfg.resolution, cut=True)
+    def features(i):
+        image, depth = G.render(G.backbone(G.mapping(z[i], c[i])), G.pose(rows(prior, i), z[i], c[i]), cfg.resolution)
+        return detector(torch.cat([image, G.depth_adaptor.candidates(depth)[level]], 1) if G.depth_adaptor else image)
+    def flatness(i):    # seen from the middle of the posterior, without thin fog
+        _, depth = G.render(G.backbone(G.mapping(z[i], c[i])), mean_camera(G, c[i]), cfg.resolution, cut=True)
         return non_flatness_score(depth, cfg.near, cfg.far)[:, None]
-
-    if n:
-        real, *gaussian = real_statistics(cfg, data, detector, device, reals, n, rank, world)
-        fake = collect(batches(n, "measuring samples", features), n, n, rank, world)[0]
-        F_ = detector.width
+    def measure(what, n, desc):
+        items = batches(torch.tensor(share(n, rank, world), device=device), cfg, rank, desc)
+        return collect(map(what, items), n, n, rank, world)
+    if detector:
+        n = max(k for kind, _, k in wanted if kind != "nfs")
+        real, mean, cov = real_statistics(cfg, data, detector, device, reals, n, rank, world)
+        fake, width = measure(features, n, "measuring samples")[0], detector.width
     for kind, count, k in wanted:
-        name = lambda own, other: f"{own}{count}" if detector and not detector.label else f"{other}{count}[{detector.label}]"
+        own = kind == "nfs" or not detector.label
+        name = lambda ours, theirs: f"{ours}{count}" if own else f"{theirs}{count}[{detector.label}]"
         if kind == "fid":
-            x = fake[:k, :F_].double()
-            out[name("fid", "fd")] = frechet_distance((gaussian[0][:F_], gaussian[1][:F_, :F_]), (x.mean(0), x.t().cov()))
+            out[name("fid", "fd")] = frechet_distance((mean[:width], cov[:width, :width]), gaussian(fake[:k, :width]))
         elif kind == "kid":
-            out[name("kid", "kd")] = kernel_distance(real[:k, :F_], fake[:k, :F_])
+            out[name("kid", "kd")] = kernel_distance(real[:k, :width], fake[:k, :width])
         elif kind == "pr":
-            out[name("precision", "precision")], out[name("recall", "recall")] = precision_recall(real[:k, :F_], fake[:k, :F_])
+            both = precision_recall(real[:k, :width], fake[:k, :width])
+            out.update(zip((name("precision", "precision"), name("recall", "recall")), both))
         elif kind == "is":
-            out[name("is", "score")] = inception_score(fake[:k, F_:])
+            out[name("is", "score")] = inception_score(fake[:k, width:])
         else:
-            out[f"nfs{count}"] = float(collect(batches(k, "measuring depth", flatness), k, k, rank, world)[1])
+            out[f"nfs{count}"] = float(measure(flatness, k, "measuring depth")[1])
     return {**out, **evaluate_truth(G, data, labels)} if isinstance(data, ShapesData) else out
-
-def load_items(data, indices, device):
-    """Items of the data as one batch on the device, with `real` (B, 3 or 4, R, R) in [-1, 1]."""
-    batch = collate([data[i] for i in indices])
-    return {**batch, "real": real_images(batch, device)}
 
 @torch.no_grad()
 def evaluate_truth(G, data, labels, n=512):
-    """Where the truth is known, from n samples: per camera parameter, the distance of posterior and prior to the true
-    cameras; the mean absolute difference of adapted and raw true depth to the estimated one; that of rendered depth
-    (world units) to the true depth of the image with the most similar colours, and what it is for images of the data
-    themselves; Frechet distances of rendered depth to the estimated one. -> {name: number or list}"""
+    """Where the truth is known, from n samples. -> {name: number or list}
+    camera_w1: distance of posterior and prior to the true cameras, per parameter. depth_error_render: mean absolute
+    difference, in world units, of rendered depth and the true depth of the image with the most similar colours
+    (depth_error_data: the same between images of the data). depth_error_raw, _adapted: of the true depth, as it is and
+    adapted, and the estimated one, pixel by pixel; depth_fd: Frechet distance of rendered and estimated depth."""
     seed_draws(G.cfg.seed, -1, "evaluate_truth", 0)
     z, c, prior = draw_latents(G.cfg, n, labels)
-    def centred(p):  # mean yaw and pitch are no property of the data: the scene can turn instead
-        return torch.cat([p[:, :2] - p[:, :2].mean(0), p[:, 2:]], 1)
+    def ordered(p):  # but for mean yaw and pitch, which are no property of the data: the scene can turn instead
+        return torch.cat([p[:, :2] - p[:, :2].mean(0), p[:, 2:]], 1).sort(0).values
     true, out, posterior = data.true_cameras(n).to(z.device), {}, G.pose(prior, z, c)
-    for name, camera in (("posterior", posterior), ("prior", prior)):
-        p = camera_parameters(camera)
-        out.update({f"camera_w1_{name}": wasserstein_1d(centred(p), centred(true)).tolist(),
+    for name, p in (("posterior", camera_parameters(posterior)), ("prior", camera_parameters(prior))):
+        out.update({f"camera_w1_{name}": (ordered(p) - ordered(true)).abs().mean(0).tolist(),
                     f"camera_mean_{name}": p.mean(0).tolist(), f"camera_std_{name}": p.std(0).tolist()})
-    batch, small = load_items(data, range(n), z.device), lambda x: F.adaptive_avg_pool2d(x, 8).flatten(1)
-    depths = batch["true_depth"].to(z.device)
-    color, depth = zip(*(G.render(G.backbone(G.mapping(z[i], c[i])), Camera(*(x[i] for x in posterior)), G.cfg.resolution)
-                         for i in torch.arange(n, device=z.device).split(images_at_once(G.cfg))))
-    color, depth = torch.cat(color), torch.cat(depth)
-    x, y = small(batch["real"][:, :3]), small(color)
-    for name, near, d in (("depth_error_render", torch.cdist(y, x).argmin(1), depth),
-                          ("depth_error_data", torch.cdist(x, x).fill_diagonal_(math.inf).argmin(1), depths)):
-        out[name] = float((d - depths[near]).abs().mean())
+    batch = collate([data[i] for i in range(n)])
+    real, true = real_images(batch, z.device), batch["true_depth"].to(z.device)
+    views = [G.render(G.backbone(G.mapping(z[i], c[i])), rows(posterior, i), G.cfg.resolution)
+             for i in torch.arange(n, device=z.device).split(16)]
+    fake, depth = (torch.cat(x) for x in zip(*views))
+    x, y = area8(real[:, :3]), area8(fake)
+    out["depth_error_render"] = float((depth - true[torch.cdist(y, x).argmin(1)]).abs().mean())
+    out["depth_error_data"] = float((true - true[torch.cdist(x, x).fill_diagonal_(math.inf).argmin(1)]).abs().mean())
     if G.depth_adaptor is not None:
-        real = batch["real"][:, 3:]
-        gauss = lambda x: (lambda f: (f.mean(0), f.t().cov()))(small(x).double())
         for name, level in (("raw", 0), ("adapted", evaluation_level(G.cfg))):
-            out[f"depth_error_{name}"] = float((G.depth_adaptor.candidates(depths)[level] - real).abs().mean())
-            out[f"depth_fd_{name}"] = frechet_distance(gauss(real), gauss(G.depth_adaptor.candidates(depth)[level]))
+            shown, rendered = (G.depth_adaptor.candidates(d)[level] for d in (true, depth))
+            out[f"depth_error_{name}"] = float((shown - real[:, 3:]).abs().mean())
+            out[f"depth_fd_{name}"] = frechet_distance(gaussian(area8(real[:, 3:])), gaussian(area8(rendered)))
     return out
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Training
-
+# ---- Training --------------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def atomic(path):
     """Write to a temporary file beside `path` that takes its name only when all went well."""
-    path = Path(path)
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    tmp = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
     try:
         yield tmp
         os.replace(tmp, path)
-    except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror or e}; what was there before is untouched") from None
+    except (OSError, RuntimeError) as e:  # the latter is how torch reports a full disk
+        reason = getattr(e, "strerror", None) or str(e).partition("\n")[0]
+        raise UserError(f"cannot write {path}: {reason}; what was there before is untouched") from None
     finally:
         tmp.unlink(missing_ok=True)
 
@@ -1729,13 +1422,11 @@ def load_tensors(path, flag, **kind):
     try:
         return torch.load(path, map_location="cpu", weights_only=True, **kind)
     except Exception as e:  # a damaged or foreign file raises anything
-        missing = isinstance(e, FileNotFoundError)
-        reason = "no such file" if missing else f"not a readable file of tensors ({type(e).__name__})"
-        raise UserError(f"{flag} {path}: {reason}") from None
+        reason = f"not a readable file of tensors ({type(e).__name__})"
+        raise UserError(f"{flag} {path}: {'no such file' if isinstance(e, FileNotFoundError) else reason}") from None
 
 def seed_draws(seed, step, phase, micro):
-    """All random draws that follow are a function of these four: a run can be resumed, and split over any number of
-    processes that use the same batch_gpu, without changing them."""
+    """The draws that follow depend on these alone: resuming, or other processes of one batch_gpu, changes none."""
     entropy = [seed, step + 1, int.from_bytes(phase.encode(), "little"), micro]
     torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1))
 
@@ -1747,13 +1438,10 @@ def mean_over_processes(t):
     return t
 
 def average_gradients(module):
-    """Mean of the gradients over processes (data parallel), then non-finite ones replaced. -> how many were not finite
-
-    Everything goes through one flat tensor; parameters that took no part count as zero.
-    """
+    """Mean of the gradients over processes (none counts as 0), non-finite ones replaced. -> how many were not finite"""
     params = [p for p in module.parameters() if p.requires_grad]
-    flat = torch.cat([p.grad.flatten() if p.grad is not None else torch.zeros_like(p).flatten() for p in params])
-    flat = mean_over_processes(flat)
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+    flat = mean_over_processes(torch.cat([g.flatten() for g in grads]))
     bad = (~flat.isfinite()).sum()
     torch.nan_to_num(flat, nan=0.0, posinf=1e5, neginf=-1e5, out=flat)
     for p, g in zip(params, flat.split([p.numel() for p in params])):
@@ -1762,44 +1450,33 @@ def average_gradients(module):
 
 class Averages:
     """Running means of what is logged, over steps and processes. Every process must add the same names."""
-
     def __init__(self):
         self.values = {}
-
     def add(self, **values):
         for name, v in values.items():
             self.values.setdefault(name, []).append(torch.as_tensor(v, dtype=torch.float32).detach())
-
     def result(self, device):
-        names = sorted(self.values)
-        means = [torch.stack([v.to(device) for v in self.values[name]]).mean(0) for name in names]
-        flat = mean_over_processes(torch.cat([m.flatten() for m in means])).tolist()
-        self.values, out = {}, {}
-        for name, mean in zip(names, means):
-            n = mean.numel()
-            out[name], flat = (flat[0] if mean.ndim == 0 else flat[:n]), flat[n:]
-        return out
+        values, self.values = sorted(self.values.items()), {}
+        return {k: mean_over_processes(torch.stack([x.to(device) for x in v]).mean(0)).tolist() for k, v in values}
 
 def generator_step(G, D, opt_g, labels, patches, first_micro, micro, step, kimg, stats):
-    """One update of G. -> the fakes it made, for the discriminator's step: one pass of the generator serves both."""
-    cfg, device, share = G.cfg, labels.device, len(patches.scale)
-    sigma = schedules(cfg, kimg)["blur_sigma"]
-    G.density_noise = schedules(cfg, kimg)["density_noise"]
+    """One update of G. -> [(image, class, patch)] of each pass, which serve the discriminator's step too."""
+    cfg, device, share, now = G.cfg, labels.device, len(patches.scale), schedules(G.cfg, kimg)
+    G.density_noise = now["density_noise"]
     D.requires_grad_(False)
     opt_g.zero_grad()
     fakes, w_sum = [], 0
     for m in range(share // micro):
         seed_draws(cfg.seed, step, "generator", first_micro + m)
         z, c, prior = draw_latents(cfg, micro, labels)
-        choice = sample_adaptor_choice(cfg, micro, kimg, device)
-        patch = rows(patches, m * micro, (m + 1) * micro)
+        choice, patch = sample_adaptor_choice(cfg, micro, kimg, device), rows(patches, m * micro, (m + 1) * micro)
         image, w = synthesize(G, z, c, prior, choice, patch)
-        image = blur(image, sigma)
+        image = blur(image, now["blur_sigma"])
         with autocast(cfg, device):
             score = D(image, c, patch)[0]
         loss = F.softplus(-score).mean()                    # non-saturating: -log(sigmoid(score))
         (loss * (micro / share)).backward()
-        fakes.append((image.detach(), c))
+        fakes.append((image.detach(), c, patch))
         w_sum = w_sum + w.detach().sum(0)
         stats.add(loss_g=loss, score_fake=score.mean(), fake_std=image.detach().std(),
                   depth_choice=F.one_hot(choice, 4).float().mean(0))
@@ -1810,31 +1487,25 @@ def generator_step(G, D, opt_g, labels, patches, first_micro, micro, step, kimg,
         stats.add(**log)
     if G.depth_adaptor is not None:
         stats.add(near_offset=G.depth_adaptor.near_offset().mean())
-    bad = average_gradients(G)
+    stats.add(nonfinite_g=average_gradients(G))
     opt_g.step()
     G.mapping_network.w_avg.lerp_(mean_over_processes(w_sum / share), 1 - 0.998)
-    stats.add(nonfinite_g=bad)
     return fakes
 
-def discriminator_step(D, cfg, opt_d, teacher, real, labels, fakes, patches, scale_mean, step, kimg, stats):
+def discriminator_step(D, cfg, opt_d, teacher, real, labels, fakes, scale_mean, step, kimg, stats):
     """One update of D: real and fake scores, distillation on the whole real image, R1 every r1_interval steps."""
-    now = schedules(cfg, kimg)
-    lazy_r1 = step % cfg.r1_interval == 0
+    now, lazy_r1 = schedules(cfg, kimg), step % cfg.r1_interval == 0
     D.requires_grad_(True)
     opt_d.zero_grad()
-    for m, (fake, fake_c) in enumerate(fakes):
-        n = len(fake)
-        patch, whole, c = rows(patches, m * n, (m + 1) * n), real[m * n:(m + 1) * n], labels[m * n:(m + 1) * n]
+    for (fake, fake_c, patch), whole, c in zip(fakes, real.chunk(len(fakes)), labels.chunk(len(fakes))):
         with autocast(cfg, fake.device):
             score = D(fake, fake_c, patch)[0]
-        loss = F.softplus(score).mean()                     # -log(1 - sigmoid(score))
-        (loss / len(fakes)).backward()
-        stats.add(loss_d_fake=loss)
+        fake_loss = F.softplus(score).mean()                # -log(1 - sigmoid(score))
+        (fake_loss / len(fakes)).backward()
         image = blur(extract_patch(whole, patch, cfg.patch_resolution), now["blur_sigma"]).requires_grad_(lazy_r1)
         with contextlib.nullcontext() if lazy_r1 else autocast(cfg, fake.device):
             score, predicted = D(image, c, patch)           # R1's double backward runs without autocast
-        real_loss = F.softplus(-score).mean()
-        loss = real_loss
+        loss = real_loss = F.softplus(-score).mean()
         if teacher is not None and cfg.kd_weight > 0:
             distance = distillation_distance(predicted, teacher(whole[:, :3]))
             loss = loss + now["kd_weight"] * (distance * patch.scale / scale_mean).mean()
@@ -1844,41 +1515,13 @@ def discriminator_step(D, cfg, opt_d, teacher, real, labels, fakes, patches, sca
             loss = loss + penalty * (cfg.r1_gamma / 2 * cfg.r1_interval)
             stats.add(r1=penalty)
         (loss / len(fakes)).backward()
-        stats.add(loss_d_real=real_loss, score_real=score.mean())
-    bad = average_gradients(D)
+        stats.add(loss_d_fake=fake_loss, loss_d_real=real_loss, score_real=score.mean())
+    stats.add(nonfinite_d=average_gradients(D))
     opt_d.step()
-    stats.add(nonfinite_d=bad)
 
-@torch.no_grad()
-def update_ema(ema, G, batch_size, kimg, cfg):
-    half_life = min(cfg.ema_kimg, kimg * cfg.ema_rampup) * 1000
-    beta = 0.5 ** (batch_size / max(half_life, 1e-8))
-    torch._foreach_lerp_(list(ema.parameters()), list(G.parameters()), 1 - beta)
-    for e, b in zip(ema.buffers(), G.buffers()):
-        e.copy_(b)
-
-def adam(params, lr, interval=None):
-    """Adam with betas (0, 0.99); lr and betas corrected for a regulariser computed every `interval` steps."""
-    ratio = interval / (interval + 1) if interval else 1.0
-    return torch.optim.Adam(params, lr=lr * ratio, betas=(0.0, 0.99 ** ratio), eps=1e-8)
-
-# On resuming, these options may be set anew; all others are the checkpoint's.
-FREE_ON_RESUME = {"out", "resume", "device", "workers", "kimg", "snapshot_kimg", "log_kimg", "metrics", "metrics_kimg",
-                  "detector", "reals", "precision", "teacher_weights", "depth_weights", "batch_gpu", "data", "fused"}
-
-def run_file(out, kind, images, suffix):
-    return Path(out) / f"{kind}-{images / 1000:010.3f}.{suffix}"
-
-def save_checkpoint(path, cfg, state, modules):
-    """A dict of plain tensors and numbers. Random states need no place in it: see seed_draws."""
-    with atomic(path) as tmp:
-        try:
-            torch.save({"config": dataclasses.asdict(cfg), **state, **{k: m.state_dict() for k, m in modules.items()}},
-                       tmp)
-        except RuntimeError as e:  # how torch reports a full disk
-            raise OSError(str(e).splitlines()[0]) from None
-
-STATE = {"config", "step", "images", "seconds", "G", "D", "G_ema", "opt_g", "opt_d"}
+# options that may be set anew on resuming; all others are the checkpoint's
+FREE_ON_RESUME = set("out resume device workers kimg snapshot_kimg log_kimg metrics metrics_kimg detector reals fused "
+                     "batch_gpu data precision teacher_weights depth_weights".split())
 
 def load_checkpoint(path):
     """path: a checkpoint, or a run folder for its newest. -> path, Config, state"""
@@ -1886,7 +1529,8 @@ def load_checkpoint(path):
     if path.is_dir():
         raise UserError(f"--resume: no checkpoint in {path}")
     state = load_tensors(path, "--resume", mmap=True)
-    if not isinstance(state, dict) or not STATE <= {*state}:
+    needed = {"config", "step", "images", "seconds", "G", "D", "G_ema", "opt_g", "opt_d"}
+    if not isinstance(state, dict) or not needed <= {*state}:
         raise UserError(f"--resume {path}: not a checkpoint of this program")
     try:
         return path, Config(**state["config"]), state
@@ -1894,7 +1538,7 @@ def load_checkpoint(path):
         raise UserError(f"--resume {path}: of another version of this program ({e})") from None
 
 def load_generator(options):
-    """The averaged generator of the checkpoint options.resume. -> Generator in evaluation mode, path, thousands of images seen"""
+    """The averaged generator of the checkpoint options.resume. -> Generator in evaluation mode, path, kimg seen"""
     if not options.resume:
         raise UserError("--resume: name a checkpoint, or the folder of a run")
     path, cfg, state = load_checkpoint(options.resume)
@@ -1909,43 +1553,38 @@ def load_generator(options):
 
 def distributed():
     """-> rank, processes, and the rank on this machine, as torchrun says."""
-    env = os.environ
-    return int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1)), int(env.get("LOCAL_RANK", 0))
+    return tuple(int(os.environ.get(*x)) for x in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 
 def validate(cfg, world):
-    """Everything about a configuration that can be wrong, before anything is built."""
+    """All that can be wrong in a configuration, before anything is built. -> a process's images a step, and a pass"""
+    R, P, share = cfg.resolution, cfg.patch_resolution, cfg.batch_size // world
+    micro = min(cfg.batch_gpu, share)
     def check(ok, message):
         if not ok:
             raise UserError(message)
-    check(cfg.data, "--data is empty: name a data set, or a folder or zip of images")
-    for name in ("resolution", "patch_resolution", "triplane_resolution"):
-        v = getattr(cfg, name)
-        check(v >= 8 and v & (v - 1) == 0, f"--{name.replace('_', '-')} {v}: must be a power of two, 8 or more")
-    check(cfg.patch_resolution <= cfg.resolution,
-          f"--patch-resolution {cfg.patch_resolution}: larger than --resolution {cfg.resolution}")
+    positive = ("batch_size batch_gpu triplane_features channel_base channel_max adaptor_channels fine_samples z_dim "
+                "w_dim box r1_interval patch_beta kimg snapshot_kimg log_kimg metrics_kimg").split()
     for f in dataclasses.fields(cfg):      # numbers: finite, and none below zero but angles
-        flag, v = "--" + f.name.replace("_", "-"), getattr(cfg, f.name)
+        name, flag, v = f.name, "--" + f.name.replace("_", "-"), getattr(cfg, f.name)
         values = [x for x in (v if isinstance(v, tuple) else [v]) if isinstance(x, (int, float))]
-        check(all(math.isfinite(x) for x in values), f"{flag}: not a finite number")
-        check(min(values, default=0) >= 0 or f.name in ("prior_yaw", "prior_pitch"), f"{flag}: must not be negative")
-        check(not f.name.startswith("prior_") or v[0] < v[1], f"{flag}: the first number must be less than the second")
+        check(all(map(math.isfinite, values)), f"{flag}: not a finite number")
+        check(min(values, default=0) >= 0 or name in ("prior_yaw", "prior_pitch"), f"{flag}: must not be negative")
+        check(name not in positive or min(values) > 0, f"{flag} {v}: must be positive")
+        check(not name.startswith("prior_") or v[0] < v[1], f"{flag}: the first number must be less than the second")
+        check("resolution" not in name or v > 7 and v & (v - 1) == 0, f"{flag} {v}: must be a power of two, 8 or more")
+    check(cfg.data, "--data is empty: name a data set, or a folder or zip of images")
+    check(P <= R, f"--patch-resolution {P}: larger than --resolution {R}")
     check(0 <= cfg.prior_pitch[0] and cfg.prior_pitch[1] <= math.pi, "--prior-pitch: must lie between 0 and pi")
-    for name in ("batch_size", "batch_gpu", "triplane_features", "channel_base", "channel_max", "adaptor_channels",
-                 "z_dim", "w_dim", "r1_interval", "kimg", "snapshot_kimg", "log_kimg", "metrics_kimg",
-                 "box", "fine_samples"):
-        check(getattr(cfg, name) > 0, f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be positive")
-    check(min(cfg.patch_beta) > 0, "--patch-beta: must be positive")
     check(cfg.prior_fov[1] < 180, "--prior-fov: must stay below 180 degrees")
-    check(cfg.channel_base >= max(cfg.resolution, cfg.triplane_resolution),
+    check(cfg.channel_base >= max(R, cfg.triplane_resolution),
           f"--channel-base {cfg.channel_base}: leaves no channel at the highest resolution")
     check(cfg.coarse_samples >= 3, f"--coarse-samples {cfg.coarse_samples}: must be 3 or more")
     check(cfg.near < cfg.far, f"--near {cfg.near}: must be less than --far {cfg.far}")
     check(cfg.batch_size % world == 0, f"--batch-size {cfg.batch_size}: not divisible by {world} processes")
-    share = cfg.batch_size // world
-    micro = min(cfg.batch_gpu, share)
     check(micro % MBSTD_GROUP == 0, f"--batch-size {cfg.batch_size} over {world} processes, --batch-gpu {cfg.batch_gpu}"
           f": a pass has {micro} images, but must have a multiple of {MBSTD_GROUP} (mini-batch standard deviation)")
     check(share % micro == 0, f"--batch-gpu {cfg.batch_gpu}: does not divide a process's share of {share} images")
+    return share, micro
 
 def choose_device(cfg, local_rank):
     if cfg.device == "cuda" and not torch.cuda.is_available():
@@ -1959,154 +1598,130 @@ def choose_device(cfg, local_rank):
     torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
     return torch.device("cuda", local_rank)
-
 def any_process(flag, device):
-    """Whether the flag is set in any process."""
     return bool(mean_over_processes(torch.tensor(float(flag), device=device)))
 
 def train(cfg, resumed=None):
     """The whole run. `resumed`: the state of a checkpoint to go on from."""
     rank, world, local_rank = distributed()
-    validate(cfg, world)
+    share, micro = validate(cfg, world)
     device = choose_device(cfg, local_rank)
-    data = open_data(cfg)
+    data, detector = open_data(cfg), open_detector(cfg, device)
     teacher = Teacher(cfg.teacher, cfg.teacher_weights).to(device) if cfg.teacher != "none" else None
-    detector = open_detector(cfg, device)
     for name, found in (("num_classes", data.num_classes), ("teacher_dim", teacher.dim if teacher else 0)):
         wanted = getattr(cfg, name)
         if wanted != found and (wanted or resumed):
-            raise UserError(f"--{name.replace('_', '-')} {wanted}: so given or in the checkpoint, but the data and the "
-                            f"teacher make it {found}")
+            raise UserError(f"--{name.replace('_', '-')} {wanted}: so given or saved; data and teacher make it {found}")
         cfg = dataclasses.replace(cfg, **{name: found})
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    share = cfg.batch_size // world
-    micro = min(cfg.batch_gpu, share)
     say = print if rank == 0 else (lambda *a, **k: None)
-
     if cfg.fused:
         custom_ops(device.type)   # compiles now, not behind the progress bar
-
-    # networks: the same in every process, since the seed is
-    seed_draws(cfg.seed, -1, "init", 0)
+    seed_draws(cfg.seed, -1, "init", 0)    # networks: the same in every process
     G, D = Generator(cfg).to(device), Discriminator(cfg).to(device)
     ema = Generator(cfg).to(device).eval().requires_grad_(False)
     ema.load_state_dict(G.state_dict())
-    opt_g, opt_d = adam(G.parameters(), cfg.g_lr), adam(D.parameters(), cfg.d_lr, cfg.r1_interval)
+    opt_g = torch.optim.Adam(G.parameters(), cfg.g_lr, (0.0, 0.99))
+    ratio = cfg.r1_interval / (cfg.r1_interval + 1)    # corrects Adam for R1 at every r1_interval-th step alone
+    opt_d = torch.optim.Adam(D.parameters(), cfg.d_lr * ratio, (0.0, 0.99 ** ratio))
     modules = dict(G=G, D=D, G_ema=ema, opt_g=opt_g, opt_d=opt_d)
-    step, images, seconds_before = 0, 0, 0.0
+    step, images, seconds = (resumed[k] for k in ("step", "images", "seconds")) if resumed else (0, 0, 0.0)
     if resumed:
         try:
             for name, module in modules.items():
                 module.load_state_dict(resumed[name])
         except Exception as e:  # whatever a foreign or damaged state leads to
             raise UserError(f"--resume {cfg.resume}: does not fit its own configuration ({type(e).__name__})") from None
-        step, images, seconds_before = resumed["step"], resumed["images"], resumed["seconds"]
     labels = torch.from_numpy(data.labels).to(device)
     total_steps = math.ceil(cfg.kimg * 1000 / cfg.batch_size)
-    if resumed and step >= total_steps:
+    if step >= total_steps:
         raise UserError(f"--kimg {cfg.kimg:g}: the checkpoint has seen {images / 1000:g} already; ask for more")
-
-    # the run folder
     out = Path(cfg.out)
     if rank == 0:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise UserError(f"--out {out}: {e.strerror}") from None
+        out.mkdir(parents=True, exist_ok=True)
         write_reals(data, out / "reals.png")
         with atomic(out / "config.json") as tmp:
             tmp.write_text(json.dumps(dataclasses.asdict(cfg), indent=2))
-        for path in (out / "log.jsonl", out / "metrics.jsonl"):
-            if resumed and path.exists():    # forget what was logged after the checkpoint
-                lines = [x for x in path.read_text().splitlines() if parse_line(x).get("kimg", math.inf) <= images / 1000]
-                with atomic(path) as tmp:
-                    tmp.write_text("".join(f"{x}\n" for x in lines))
-    count = sum(p.numel() for p in G.parameters()) / 1e6, sum(p.numel() for p in D.parameters()) / 1e6
+        for path in filter(Path.exists, (out / "log.jsonl", out / "metrics.jsonl") if resumed else ()):
+            lines, seen = path.read_text().splitlines(), images / 1000
+            with atomic(path) as tmp:    # forget what was logged after the checkpoint
+                tmp.write_text("".join(f"{x}\n" for x in lines if parse_line(x).get("kimg", math.inf) <= seen))
+    size_g, size_d = (sum(p.numel() for p in network.parameters()) / 1e6 for network in (G, D))
     say(f"{cfg.data}: {len(data):,} images, {cfg.num_classes or 'no'} classes; {cfg.resolution}², patches "
         f"{cfg.patch_resolution}², {'RGB and depth' if cfg.depth != 'none' else 'RGB alone'}; teacher {cfg.teacher}\n"
-        f"G {count[0]:.1f} M, D {count[1]:.1f} M parameters; batch {world} x {share // micro} x {micro} on "
-        f"{device.type}; writing to {out}")
-
+        f"G {size_g:.1f} M, D {size_d:.1f} M; batch {world} x {share // micro} x {micro} on {device.type}; {out}")
     loader = torch.utils.data.DataLoader(
         MirroredData(data), batch_sampler=Batches(cfg, len(data), step, rank, world), num_workers=cfg.workers,
         collate_fn=collate, pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
-    stats, bad_names, start = Averages(), {}, time.time()   # bad_names: name -> already said
-    stop = []
+    stats, unreadable, said, done, stop, start = Averages(), set(), set(), False, [], time.time() - seconds
     handlers = {s: signal.signal(s, lambda *_: stop.append(1)) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def save(name):
-        save_checkpoint(name, cfg, dict(step=step, images=images, seconds=seconds_before + time.time() - start), modules)
-
+    named = lambda kind, suffix: out / f"{kind}-{images / 1000:010.3f}.{suffix}"
+    def save(path):    # plain tensors and numbers; random states need no place in it: see seed_draws
+        state = dict(config=dataclasses.asdict(cfg), step=step, images=images, seconds=time.time() - start)
+        with atomic(path) as tmp:
+            torch.save({**state, **{k: m.state_dict() for k, m in modules.items()}}, tmp)
     def snapshot():
-        if rank == 0:
-            if step:
-                save(run_file(out, "checkpoint", images, "pt"))
-            write_samples(ema, labels, run_file(out, "samples", images, "png"))
-
-    def crossed(every):
-        every = max(1, round(every * 1000))
-        return images // every > (images - cfg.batch_size) // every
-
+        if step:
+            save(named("checkpoint", "pt"))
+        write_samples(ema, labels, named("samples", "png"))
     def metrics():
         if cfg.metrics and measure(out / "metrics.jsonl", images / 1000, ema, data, labels, cfg, detector, rank, world):
             save(out / "best.pt")
-
+    def due(kimg):    # at the end, and when a step has crossed a multiple of it
+        every = max(1, round(kimg * 1000))
+        return done or images // every > (images - cfg.batch_size) // every
     if not resumed:
-        snapshot()
+        if rank == 0:
+            snapshot()
         metrics()
-    bar = tqdm(total=total_steps * cfg.batch_size, initial=images, unit="img", disable=rank > 0,
-               mininterval=0.5 if sys.stderr.isatty() else 30)
-    tick_time, tick_images, first = time.time(), images, rank * share
-    with bar:
+    tick_time, tick_images, first, kimg = time.time(), images, rank * share, images / 1000
+    with tqdm(total=total_steps * cfg.batch_size, initial=images, unit="img", disable=rank > 0,
+              mininterval=0.5 if sys.stderr.isatty() else 30) as bar:
         for batch in loader:
-            if step >= total_steps:
-                break
-            for name in batch["bad"]:
-                bad_names.setdefault(name, False)
-            kimg = images / 1000
-            real = real_images(batch, device)                                          # (B, 3 or 4, R, R)
-            # reals and fakes have the same patches; those of the whole batch are drawn in every process, since the
-            # distillation's weight needs their mean scale
+            unreadable.update(batch["bad"])
+            real, real_c = real_images(batch, device), batch["label"].to(device)        # (B, 3 or 4, R, R), (B,)
+            # shared by reals and fakes; every process draws the whole batch's: distillation needs their mean scale
             seed_draws(cfg.seed, step, "patches", 0)
             patches = sample_patch(cfg, cfg.batch_size, kimg)
             scale_mean = float(patches.scale.mean())
             patches = Patch(*(t.to(device) for t in rows(patches, first, first + share)))
             fakes = generator_step(G, D, opt_g, labels, patches, first // micro, micro, step, kimg, stats)
-            discriminator_step(D, cfg, opt_d, teacher, real, batch["label"].to(device), fakes, patches, scale_mean,
-                               step, kimg, stats)
+            discriminator_step(D, cfg, opt_d, teacher, real, real_c, fakes, scale_mean, step, kimg, stats)
             step, images = step + 1, images + cfg.batch_size
-            update_ema(ema, G, cfg.batch_size, images / 1000, cfg)
+            kimg = images / 1000
+            beta = 0.5 ** (cfg.batch_size / max(min(cfg.ema_kimg, kimg * cfg.ema_rampup) * 1000, 1e-8))
+            with torch.no_grad():
+                torch._foreach_lerp_(list(ema.parameters()), list(G.parameters()), 1 - beta)
+                torch._foreach_copy_(list(ema.buffers()), list(G.buffers()))
             bar.update(cfg.batch_size)
             # log, snapshot, stop: all processes decide alike
             stopped = any_process(bool(stop), device)
             done = stopped or step == total_steps
-            if done or crossed(cfg.log_kimg) or crossed(1):
-                check_readable(bad_names, images, cfg)
-            if done or crossed(cfg.log_kimg):
+            if due(cfg.log_kimg) or due(1):
+                check_readable(unreadable, said, images, cfg)
+            if due(cfg.log_kimg):
                 now = time.time()
-                entry = dict(stats.result(device), seconds=round(seconds_before + now - start, 1),
+                entry = dict(kimg=round(kimg, 3), **stats.result(device), seconds=round(now - start, 1),
                              images_per_second=round((images - tick_images) / (now - tick_time), 2),
-                             memory_mb=memory(device)[1] / 2 ** 20, unreadable=len(bad_names),
-                             schedules=schedules(cfg, images / 1000))
-                tick_time, tick_images = now, images
+                             memory_mb=memory(device)[1] / 2**20, unreadable=len(said), schedules=schedules(cfg, kimg))
                 if rank == 0:
-                    append_line(out / "log.jsonl", kimg=round(images / 1000, 3), **entry)
+                    with open(out / "log.jsonl", "a") as f:
+                        f.write(json.dumps(entry) + "\n")
                 shown = ("loss_g", "score_real", "score_fake", "kd_distance")
                 bar.set_postfix({k: f"{entry[k]:.3g}" for k in shown if k in entry})
-            if done or crossed(cfg.snapshot_kimg):
+            if rank == 0 and due(cfg.snapshot_kimg):
                 snapshot()
-            if not stopped and (done or crossed(cfg.metrics_kimg)):
+            if not stopped and due(cfg.metrics_kimg):
                 metrics()
-            if done or crossed(cfg.snapshot_kimg) or crossed(cfg.metrics_kimg):
+            if any(map(due, (cfg.log_kimg, cfg.snapshot_kimg, cfg.metrics_kimg))):   # speed is that of training alone
                 tick_time, tick_images = time.time(), images
             if done:
                 break
     for s, handler in handlers.items():
         signal.signal(s, handler)
-    say(f"{'finished' if step >= total_steps else 'stopped'} at {images / 1000:g} kimg after "
-        f"{(seconds_before + time.time() - start) / 60:.1f} minutes; see {run_file(out, 'samples', images, 'png')}"
-        + ("" if step >= total_steps else f"; go on with --resume latest --out {out}"))
+    end = "finished" if step == total_steps else f"stopped (go on with --resume latest --out {out})"
+    say(f"{end} at {kimg:g} kimg after {(time.time() - start) / 60:.1f} minutes; see {named('samples', 'png')}")
     if world > 1:
         dist.destroy_process_group()
 
@@ -2117,21 +1732,17 @@ def parse_line(line):
     except (ValueError, TypeError):
         return {}
 
-def append_line(path, **entry):
-    with open(path, "a") as f:
-        f.write(json.dumps(entry) + "\n")
-
 def measure(path, kimg, G, data, labels, options, detector, rank, world):
     """`evaluate`, printed and appended to a file. -> whether the first number is the best in it"""
     result = evaluate(G, data, labels, options.metrics, detector, options.reals, rank, world)
     if rank:
         return False
-    append_line(path, kimg=kimg, data=G.cfg.data, reals=options.reals, **result)
-    for name, value in result.items():
-        if isinstance(value, float):
-            tqdm.write(f"{kimg:g} kimg: {name} {value:.4g}")
-    first, sign = next(iter(result)), 1 if next(iter(result))[:2] in ("fi", "fd", "ki", "kd") else -1
-    return sign * result[first] <= min(sign * x[first] for x in map(parse_line, path.read_text().splitlines()) if first in x)
+    with open(path, "a") as f:
+        f.write(json.dumps(dict(kimg=kimg, data=G.cfg.data, reals=options.reals, **result)) + "\n")
+    tqdm.write("\n".join(f"{kimg:g} kimg: {k} {v:.4g}" for k, v in result.items() if isinstance(v, float)))
+    first = next(iter(result))
+    best = min if first[:2] in ("fi", "fd", "ki", "kd") else max
+    return result[first] == best(x[first] for x in map(parse_line, path.read_text().splitlines()) if first in x)
 
 def ignore_signals(_):
     """In data workers: the training process decides when to stop."""
@@ -2153,26 +1764,22 @@ def memory(device, reset=False):
     except (OSError, AttributeError, IndexError):
         return math.nan, math.nan
 
-def check_readable(bad_names, images, cfg):
+def check_readable(names, said, images, cfg):
     """Share the names of unreadable images and name each once; stop if more than 1% of the first 1000 are bad."""
-    known = {name for name, said in bad_names.items() if said}
+    parts = [names]
     if dist.is_initialized():
         parts = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, list(bad_names))
-        bad_names.update({name: bad_names.get(name, False) for part in parts for name in part})
-    if len(bad_names) > 10 and images < 1000 + cfg.batch_size:
-        raise UserError(f"--data {cfg.data}: {len(bad_names)} of the first {images} images are unreadable; mend the "
-                        "data")
-    for name in sorted(set(bad_names) - known):
-        bad_names[name] = True
-        if distributed()[0] == 0:
-            tqdm.write(f"skipped, unreadable: {name}", file=sys.stderr)
+        dist.all_gather_object(parts, names)
+    fresh = set().union(*parts) - said
+    said |= fresh
+    if len(said) > 10 and images < 1000 + cfg.batch_size:
+        raise UserError(f"--data {cfg.data}: {len(said)} of the first {images} images are unreadable; mend the data")
+    for name in sorted(fresh) if distributed()[0] == 0 else ():
+        tqdm.write(f"skipped, unreadable: {name}", file=sys.stderr)
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Sampling: pictures
-
+# ---- Sampling: pictures, animations, meshes --------------------------------------------------------------------------
 def to_picture(rgb, depth=None, near=None, far=None, dim=1):
-    """rgb (3, H, W) in [-1, 1] and below it (dim 2: beside it) depth (1, H, W), near black. -> uint8 (H or 2H, ., 3)"""
+    """rgb (3, H, W) in [-1, 1] and, below it (dim=2: beside it), depth (1, H, W), near black. -> uint8 (., ., 3)"""
     x = (rgb.clamp(-1, 1) + 1) / 2
     if depth is not None:
         x = torch.cat([x, ((depth - near) / max(far - near, 1e-6)).clamp(0, 1).expand(3, -1, -1)], dim)
@@ -2180,24 +1787,21 @@ def to_picture(rgb, depth=None, near=None, far=None, dim=1):
 
 def tile(cells, columns, at_least=96):
     """Equal pictures (H, W, 3), row by row; small ones are enlarged without smoothing: pixels stay visible."""
-    rows_ = [np.concatenate(cells[i:i + columns], 1) for i in range(0, len(cells) - columns + 1, columns)]
+    lines = [np.concatenate(cells[i:i + columns], 1) for i in range(0, len(cells) - columns + 1, columns)]
     zoom = -(-at_least // cells[0].shape[1])
-    return PIL.Image.fromarray(np.concatenate(rows_, 0).repeat(zoom, 0).repeat(zoom, 1))
-
+    return PIL.Image.fromarray(np.concatenate(lines, 0).repeat(zoom, 0).repeat(zoom, 1))
 def write_image(image, path):
     with atomic(path) as tmp:
         image.save(tmp, "PNG")
 
 def grid_indices(labels, n):
     """n indices of samples, going round the classes."""
-    if not len(labels):
-        return list(range(n))
-    classes, first = np.unique(labels, return_index=True)
-    by_class = [np.flatnonzero(labels == c) for c in classes[:n]]
-    return [int(by_class[i % len(by_class)][i // len(by_class) % len(by_class[i % len(by_class)])]) for i in range(n)]
+    labels = labels if len(labels) else np.zeros(n)
+    members = [np.flatnonzero(labels == c) for c in np.unique(labels)[:n]]
+    return [int(np.resize(members[i % len(members)], n)[i // len(members)]) for i in range(n)]
 
 def write_reals(data, path):
-    real = load_items(data, [i % len(data) for i in grid_indices(data.labels, 32)], "cpu")["real"]
+    real = real_images(collate([data[i % len(data)] for i in grid_indices(data.labels, 32)]), "cpu")
     write_image(tile([to_picture(x[:3], x[3:] if len(x) == 4 else None, -1, 1) for x in real], 16), path)
 
 def render_views(G, planes, cameras, resolution, dim=1):
@@ -2208,20 +1812,17 @@ def render_views(G, planes, cameras, resolution, dim=1):
 
 @torch.no_grad()
 def write_samples(G, labels, path, scenes=16, views=4):
-    """A grid of fixed z and classes: RGB over depth, `views` views of a scene side by side, 4 scenes in a row.
-
-    The views turn about each scene by 0.3 radians to both sides of the posterior camera's mean yaw.
-    """
-    cfg, cells = G.cfg, []
-    seed_draws(cfg.seed, -1, "samples", 0)
-    z, _, prior = draw_latents(cfg, scenes, labels)
-    present = torch.unique(labels) if cfg.num_classes else z.new_zeros(1).long()
-    c = present[torch.arange(scenes, device=z.device) % len(present)]
+    """A grid of fixed z and classes: RGB over depth, `views` views of a scene side by side, 4 scenes in a row. They
+    turn about each scene by 0.3 radians to both sides of the posterior camera's mean yaw."""
+    seed_draws(G.cfg.seed, -1, "samples", 0)
+    z, _, prior = draw_latents(G.cfg, scenes, labels)
+    present = torch.unique(labels) if G.cfg.num_classes else z.new_zeros(1).long()
+    c, cells = present[torch.arange(scenes, device=z.device) % len(present)], []
     camera = G.pose(prior, z, c)
     yaws = camera.yaw.mean() + torch.linspace(-0.3, 0.3, views, device=z.device)
-    for i in range(scenes):
-        pose = Camera(*(x[i:i + 1].expand(views, *x.shape[1:]) for x in camera))._replace(yaw=yaws)
-        cells += render_views(G, G.backbone(G.mapping(z[i:i + 1], c[i:i + 1])), pose, cfg.resolution)
+    for i in torch.arange(scenes, device=z.device).split(1):
+        pose = rows(camera, i.expand(views))._replace(yaw=yaws)
+        cells += render_views(G, G.backbone(G.mapping(z[i], c[i])), pose, G.cfg.resolution)
     write_image(tile(cells, 4 * views), path)
 
 def camera_path(kind, start, n, angle):
@@ -2231,59 +1832,57 @@ def camera_path(kind, start, n, angle):
     yaw, pitch, fov = {    # orbit: an ellipse in front, over the top; line: sideways and back, at constant speed
         "none": (0, 0, 1), "orbit": (sin, -up, 1), "wiggle": (sin / 2, (2 * t).sin() / 4, 1),
         "line": (sin.asin() * 2 / math.pi, 0, 1), "zoom": (0, 0, 1 - up / 2)}[kind]
-    camera = Camera(*(x.expand(n, *x.shape[1:]) for x in start))
-    return camera._replace(yaw=camera.yaw + angle * yaw, pitch=(camera.pitch + angle * pitch).clamp(0.05, math.pi - 0.05),
-                           fov=camera.fov * fov)
+    pitch = (start.pitch + angle * pitch).clamp(0.05, math.pi - 0.05)
+    moved = start._replace(yaw=start.yaw + angle * yaw, pitch=pitch, fov=start.fov * fov)
+    return Camera(*(x.expand(n, *x.shape[1:]) for x in moved))
 
 def write_animation(frames, path, fps):
     """PIL images -> path.webp, path.gif and, where there is ffmpeg, path.mp4"""
-    for kind in ("WEBP", "GIF"):
-        with atomic(f"{path}.{kind.lower()}") as tmp:
+    for kind in ("webp", "gif"):
+        with atomic(f"{path}.{kind}") as tmp:
             frames[0].save(tmp, kind, save_all=True, append_images=frames[1:], duration=1000 / fps, loop=0, quality=90)
     if shutil.which("ffmpeg"):
         with atomic(f"{path}.mp4") as tmp:
-            size = "%dx%d" % frames[0].size
-            done = subprocess.run(["ffmpeg", "-y", "-loglevel", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size,
-                                   "-r", str(fps), "-i", "-", "-pix_fmt", "yuv420p", "-f", "mp4", tmp],
-                                  input=b"".join(f.tobytes() for f in frames), capture_output=True)
+            size = f"{frames[0].width}x{frames[0].height}"
+            command = f"ffmpeg -y -v error -f rawvideo -pix_fmt rgb24 -s {size} -r {fps} -i - -pix_fmt yuv420p -f mp4"
+            raw = b"".join(f.tobytes() for f in frames)
+            done = subprocess.run([*command.split(), tmp], input=raw, capture_output=True)
             if done.returncode:
                 raise OSError(f"ffmpeg: {done.stderr.decode(errors='replace').strip()}")
 
 def write_ply(path, points, colors, faces=()):
-    """Points (N, 3) in world units, y up; colors (N, 3) in [-1, 1]; faces (M, 3), counter-clockwise seen from outside."""
+    """Points (N, 3) in world units, y up; colors (N, 3) in [-1, 1]; faces (M, 3), counter-clockwise from outside."""
     vertex = np.zeros(len(points), [("xyz", "<f4", 3), ("rgb", "u1", 3)])
     vertex["xyz"], vertex["rgb"] = points, ((np.clip(colors, -1, 1) + 1) * 127.5).round()
     face = np.zeros(len(faces), [("n", "u1"), ("v", "<i4", 3)])
     face["n"], face["v"] = 3, np.reshape(faces, (-1, 3))
-    properties = [f"property float {k}" for k in "xyz"] + [f"property uchar {k}" for k in ("red", "green", "blue")]
-    header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(vertex)}", *properties, *(
-        [f"element face {len(face)}", "property list uchar int vertex_indices"] if len(face) else []), "end_header", ""]
+    header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(vertex)}",
+              *(f"property float {k}" for k in "xyz"), *(f"property uchar {k}" for k in ("red", "green", "blue")),
+              f"element face {len(face)}", "property list uchar int vertex_indices", "end_header\n"]
     with atomic(path) as tmp:
         tmp.write_bytes("\n".join(header).encode() + vertex.tobytes() + face.tobytes())
 
 def extract_mesh(G, planes, camera, level, n):
     """Marching cubes over the densities in the box, n points a side, and there between near and far from the camera:
-    what no ray ever saw is arbitrary. planes and camera of 1 -> vertices (V, 3), faces (M, 3), colours (V, 3)"""
+    what no ray ever saw is arbitrary. planes and camera of 1 -> vertices (V, 3), colours (V, 3), faces (M, 3)"""
     try:
         from skimage.measure import marching_cubes
     except ImportError:
         raise UserError("--mesh: needs scikit-image; pip install scikit-image") from None
-    cfg, device = G.cfg, planes.device
+    cfg, device, slabs = G.cfg, planes.device, []
     query = lambda x: query_triplane(planes, x[None], cfg.box, G.decoder, cfg.fused and has_custom_ops(device.type))
     line, origin = torch.linspace(-cfg.box, cfg.box, n, device=device), cam2world(camera)[:, :3, 3]
-    slabs = []
     for x in line.tolist():
         points = F.pad(torch.cartesian_prod(line, line), (1, 0), value=x)              # (n², 3)
         distance = (points - origin).norm(dim=1)
-        seen = (distance > cfg.near) & (distance < cfg.far)
-        slabs.append((F.softplus(query(points)[1][0]) * seen).view(n, n).cpu().numpy())
-    sigma = np.stack(slabs)
-    if not level < sigma.max():
-        raise UserError(f"--mesh-level {level:g}: densities end at {sigma.max():.3g}")
-    vertices, faces, _, _ = marching_cubes(sigma, level)                               # in units of the grid
+        sigma = F.softplus(query(points)[1][0]) * ((distance > cfg.near) & (distance < cfg.far))
+        slabs.append(sigma.view(n, n).cpu().numpy())
+    if not 0 < level < (highest := max(x.max() for x in slabs)):
+        raise UserError(f"--mesh-level {level:g}: must lie between 0 and the largest density, {highest:.3g}")
+    vertices, faces, *_ = marching_cubes(np.stack(slabs), level, gradient_direction="ascent")  # outwards; unit: a cell
     vertices = (vertices * (2 * cfg.box / (n - 1)) - cfg.box).astype(np.float32)
     colors = [query(x)[0][0] for x in torch.from_numpy(vertices).to(device).split(2 ** 16)]
-    return vertices, faces, torch.cat(colors).cpu().numpy()
+    return vertices, torch.cat(colors).cpu().numpy(), faces
 
 def write_cameras(G, path, n=16384):
     """Histograms of each camera parameter over all classes: the prior gray, the posterior blue."""
@@ -2293,91 +1892,83 @@ def write_cameras(G, path, n=16384):
     draw, font = PIL.ImageDraw.Draw(image), PIL.ImageFont.load_default(14)
     for i, (name, (low, high)) in enumerate(zip(CAMERA_PARAMETERS, camera_ranges(cfg).tolist())):
         x, y = 320 * (i % 3) + 16, 240 * (i // 3) + 210
-        for j, (camera, color) in enumerate(((prior, "#bbbbbb"), (G.pose(prior, z, c), "#2563eb"))):
+        for j, (camera, color) in enumerate(((prior, "#aaaaaa"), (G.pose(prior, z, c), "#2563eb"))):
             p = camera_parameters(camera)[:, i].float().cpu()
             for k, v in enumerate((p.histc(48, low, high) / n * 1200).clamp(max=140).tolist()):
                 draw.rectangle([x + 6 * k, y - v, x + 6 * k + 5 - 2 * j, y], color)
             draw.text((x, y - 182 + 18 * j), f"{('prior', 'learned')[j]} {p.mean():.3g} ± {p.std():.2g}", color, font)
-        draw.text((x, y - 200), name.replace("_", "-"), "black", font)
-        draw.text((x, y + 4), f"{low:.3g}", "black", font)
-        draw.text((x + 288, y + 4), f"{high:.3g}", "black", font, "ra")
+        for place, text, anchor in (((x, y - 200), name, "la"), ((x, y + 4), f"{low:.3g}", "la"),
+                                    ((x + 288, y + 4), f"{high:.3g}", "ra")):
+            draw.text(place, text, "black", font, anchor)
     write_image(image, path)
 
 def parse_numbers(text, flag, below):
     """"1,5,10-20" -> [1, 5, 10, ..., 20]"""
-    try:
-        spans = [[int(x) for x in part.split("-")] for part in text.split(",")]
-        found = [i for span in spans for i in range(span[0], span[-1] + 1)]
-        if found and max(map(len, spans)) <= 2 and max(found) < below:
-            return found
-    except ValueError:
-        pass
+    spans = [re.fullmatch(r"(\d{1,10})(?:-(\d{1,10}))?", part) for part in text.split(",")]
+    if all(spans) and all(int(s[1]) <= int(s[2] or s[1]) < below for s in spans):
+        return [i for s in spans for i in range(int(s[1]), int(s[2] or s[1]) + 1)]
     raise UserError(f"{flag} {text}: must be numbers below {below:,}, as in 1,5,10-20")
 
 @torch.no_grad()
 def sample(options):
     """All that a person wants to look at, from a checkpoint alone."""
+    if not min(options.frames, options.fps, options.mesh_resolution - 1) >= 1:
+        raise UserError("--frames, --fps: must be 1 or more, --mesh-resolution 2 or more")
     G, path, kimg = load_generator(options)
     cfg, device, resolution = G.cfg, next(G.parameters()).device, options.resolution or G.cfg.resolution
-    seeds = parse_numbers(options.seeds, "--seeds", 2 ** 31)
-    classes = (parse_numbers(options.classes, "--classes", cfg.num_classes) if options.classes else
-               list(range(min(8, cfg.num_classes or 1))))
+    seeds, count = parse_numbers(options.seeds, "--seeds", 2 ** 31), max(cfg.num_classes, 1)
+    classes = parse_numbers(options.classes or f"0-{min(8, count) - 1}", "--classes", count)
     out = Path(options.out or path.with_name(f"samples-{kimg:010.3f}"))
     out.mkdir(parents=True, exist_ok=True)
-    cells, films, stops, bar = [], [], [], tqdm(total=len(classes) * len(seeds), unit="sample")
-    for label in classes:
-        c = torch.full((1,), label, device=device)
-        seed_draws(cfg.seed, -1, "mean w", 0)
-        mean_w = G.mapping(torch.randn(4096, cfg.z_dim, device=device), c.expand(4096)).mean(0, keepdim=True)
-        mean = mean_camera(G, c)
-        for seed in seeds:
-            name = out / (f"class{label:04d}-seed{seed:04d}" if cfg.num_classes else f"seed{seed:04d}")
-            seed_draws(seed, -1, "sample", 0)
-            z, _, prior = draw_latents(cfg, 1, torch.zeros(1, dtype=torch.long))       # on the CPU: for all devices alike
-            z, prior = z.to(device), Camera(*(x.to(device) for x in prior))
-            w, camera = mean_w.lerp(G.mapping(z, c), options.truncation), G.pose(prior, z, c)
-            planes = G.backbone(w)
-            rgb, depth = G.render(planes, camera, resolution)
-            cells.append(to_picture(rgb[0]))
-            stops.append((w, mean))
+    pictures, films, stops = [], [], []
+    for label, seed in tqdm([(label, seed) for label in classes for seed in seeds], unit="sample"):
+        c, name = torch.tensor([label], device=device), out / f"class{label:04d}-seed{seed:04d}"
+        if seed == seeds[0]:
+            seed_draws(cfg.seed, -1, "mean w", 0)
+            many = torch.randn(4096, cfg.z_dim).to(device)
+            mean_w, mean_pose = G.mapping(many, c.expand(4096)).mean(0, keepdim=True), mean_camera(G, c)
+        seed_draws(seed, -1, "sample", 0)
+        z, _, prior = draw_latents(cfg, 1, torch.zeros(1, dtype=torch.long))    # on the CPU: on all devices alike
+        z, prior = z.to(device), Camera(*(x.to(device) for x in prior))
+        w, camera = mean_w.lerp(G.mapping(z, c), options.truncation), G.pose(prior, z, c)
+        planes = G.backbone(w)
+        rgb, depth = G.render(planes, camera, resolution)
+        pictures.append(to_picture(rgb[0]))
+        stops.append((w, mean_pose))
+        if options.each:
+            write_image(tile(pictures[-1:], 1), f"{name}.png")
+        if options.video != "none" and not options.interpolate:
+            poses = camera_path(options.video, mean_pose, options.frames, options.angle)
+            films.append(render_views(G, planes, poses, resolution, 2))
             if options.each:
-                write_image(tile(cells[-1:], 1), f"{name}.png")
-            if options.video != "none" and not options.interpolate:
-                films.append(render_views(G, planes, camera_path(options.video, mean, options.frames, options.angle), resolution, 2))
-                if options.each:
-                    write_animation([tile([x], 1) for x in films.pop()], f"{name}-{options.video}", options.fps)
-            if options.mesh:
-                vertices, faces, colors = extract_mesh(G, planes, camera, options.mesh_level, options.mesh_resolution)
-                write_ply(f"{name}-mesh.ply", vertices, colors, faces)
-            if options.points:
-                origins, directions = camera_rays(camera, resolution)              # (1, R, 3)
-                points = origins + directions * depth.flatten(2).transpose(1, 2)
-                write_ply(f"{name}-points.ply", points[0].cpu().numpy(), rgb[0].flatten(1).t().cpu().numpy())
-            if options.depth:
-                kinds = {"depth": (depth - cfg.near) / (cfg.far - cfg.near)}
-                if G.depth_adaptor is not None:
-                    kinds["adapted"] = (adapted_depth(G, depth) + 1) / 2
-                for kind, x in kinds.items():
-                    x = (x[0, 0].clamp(0, 1) * 65535).round().cpu().numpy().astype(np.uint16)
-                    write_image(PIL.Image.fromarray(x), f"{name}-{kind}.png")
-            bar.update()
+                write_animation([tile([x], 1) for x in films[-1]], f"{name}-{options.video}", options.fps)
+        if options.mesh:
+            write_ply(f"{name}-mesh.ply", *extract_mesh(G, planes, camera, options.mesh_level, options.mesh_resolution))
+        if options.points:
+            origins, directions = camera_rays(camera, resolution)                      # (1, R, 3)
+            points = origins + directions * depth.flatten(2).transpose(1, 2)
+            write_ply(f"{name}-points.ply", points[0].cpu().numpy(), rgb[0].flatten(1).t().cpu().numpy())
+        if options.depth:
+            maps = dict(depth=(depth - cfg.near) / (cfg.far - cfg.near))
+            if G.depth_adaptor:
+                maps["adapted"] = (G.depth_adaptor.candidates(depth)[evaluation_level(cfg)] + 1) / 2
+            for kind, x in maps.items():
+                x = (x[0, 0].clamp(0, 1) * 65535).round().cpu().numpy().astype(np.uint16)
+                write_image(PIL.Image.fromarray(x), f"{name}-{kind}.png")
     if not options.each:
-        write_image(tile(cells, len(seeds)), out / "grid.png")
+        write_image(tile(pictures, len(seeds)), out / "grid.png")
         if films:
-            write_animation([tile(list(x), len(seeds)) for x in zip(*films)], out / options.video, options.fps)
+            write_animation([tile(x, len(seeds)) for x in zip(*films)], out / options.video, options.fps)
     if options.interpolate:
-        n, frames = options.frames, []
-        t = (1 - torch.linspace(0, math.pi, n + 1, device=device)[:-1].cos()) / 2     # slow at the stops
+        t = (1 - torch.linspace(0, math.pi, options.frames + 1, device=device)[:-1].cos()) / 2     # slow at the stops
         walk = [(w0.lerp(w1, x), Camera(*(a.lerp(b, x) for a, b in zip(c0, c1))))
                 for (w0, c0), (w1, c1) in zip(stops, stops[1:] + stops[:1]) for x in t]
-        cameras = Camera(*(torch.cat(x) for x in zip(*(camera for _, camera in walk))))
-        cameras = camera_path(options.video, cameras, len(walk), options.angle)
-        for i, (w, _) in enumerate(tqdm(walk, "walk", unit="frame")):
-            frames += [tile(render_views(G, G.backbone(w), rows(cameras, i, i + 1), resolution, 2), 1)]
-        write_animation(frames, out / "walk", options.fps)
+        poses = Camera(*(torch.cat(x) for x in zip(*(pose for _, pose in walk))))
+        poses = camera_path(options.video, poses, len(walk), options.angle)
+        write_animation([tile(render_views(G, G.backbone(w), rows(poses, i, i + 1), resolution, 2), 1)
+                         for i, (w, _) in enumerate(tqdm(walk, "walk", unit="frame"))], out / "walk", options.fps)
     if options.cameras:
         write_cameras(G, out / "cameras.png")
-    bar.close()
     print(f"written to {out}")
 
 def evaluate_checkpoint(options):
@@ -2385,100 +1976,104 @@ def evaluate_checkpoint(options):
     rank, world, _ = distributed()
     G, path, kimg = load_generator(options)
     device = next(G.parameters()).device
-    G.cfg = dataclasses.replace(G.cfg, data=options.data or G.cfg.data, workers=options.workers)
+    G.cfg = dataclasses.replace(G.cfg, data=options.data or G.cfg.data)
     detector, data = open_detector(options, device), open_data(G.cfg)
     if G.cfg.num_classes != data.num_classes:
         raise UserError(f"--data {G.cfg.data}: has {data.num_classes} classes, the checkpoint {G.cfg.num_classes}")
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    labels = torch.from_numpy(data.labels).to(device)
-    measure(path.with_name("metrics.jsonl"), kimg, G, data, labels, options, detector, rank, world)
+    measure(path.with_name("metrics.jsonl"), kimg, G, data, torch.from_numpy(data.labels).to(device), options, detector,
+            rank, world)
     if world > 1:
         dist.destroy_process_group()
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Report: one page that needs nothing but a browser
-
+# ---- Report: one page that needs nothing but a browser ---------------------------------------------------------------
 COLORS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2")
-PAGE = """<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width"><title>3DGP</title>
-<style>body{font:15px/1.5 system-ui,sans-serif;margin:auto;padding:1em;max-width:1400px;color:#222}figure{margin:0}
-.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,300px),1fr));gap:1em}svg,img,input{width:100%}
-img{image-rendering:pixelated}.wide{overflow-x:auto}td,th{padding:.1em 1em .1em 0;text-align:left}</style><script>
-function show(s){s.parentNode.querySelectorAll("figure").forEach((f,i)=>f.hidden=i!=s.value)}</script><h1>3DGP</h1>"""
+PAGE = """<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">
+<title>3DGP</title><style>body{font:15px/1.5 system-ui,sans-serif;margin:auto;padding:1em;max-width:1400px;color:#222}
+.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,300px),1fr));gap:1em}svg,img,input{
+width:100%}figure{margin:0}img{image-rendering:pixelated}.wide{overflow-x:auto}td,th{padding:0 1em 0 0;text-align:left}
+</style><script>function show(s){s.parentNode.querySelectorAll("figure").forEach((f,i)=>f.hidden=i!=s.value)}</script>
+<h1>3DGP</h1>"""
 
 def chart(title, lines):
     """Inline SVG. lines: {color: [(kimg, value, spread)]}; the spread, if any, is a band."""
     every = [p for points in lines.values() for p in points]
-    (x0, x1), (y0, y1) = ((min(v), max(v)) for v in ([p[0] for p in every], [p[1] + k * p[2] for p in every for k in (-1, 1)]))
-    at = lambda x, y: f"{44 + 270 * (x - x0) / (x1 - x0 or 1):.1f},{150 - 140 * (y - y0) / (y1 - y0 or 1):.1f}"
+    xs, ys = [p[0] for p in every], [p[1] + k * p[2] for p in every for k in (-1, 1)]
+    x0, x1, y0, y1 = min(xs), max(xs), min(ys), max(ys)
+    at = lambda x, y: f"{44 + 270 * (x - x0) / (x1 - x0 or 1):.1f},{150 - 140 * (y - y0) / (y1 - y0 or 1):.1f} "
     body = "".join(f"<path d='M44 {150 - 140 * k}h270' stroke=#ddd /><text x=40 y={154 - 140 * k} text-anchor=end>"
                    f"{y0 + (y1 - y0) * k:.3g}</text>" for k in (0, 0.5, 1))
     for color, points in lines.items():
-        points = points[::len(points) // 400 + 1]
-        edge = [at(x, y + s) for x, y, s in points] + [at(x, y - s) for x, y, s in points[::-1]]
-        body += (f"<polygon points='{' '.join(edge)}' fill={color} opacity=.15 /><polyline fill=none stroke={color} points="
-                 f"'{' '.join(at(x, y) for x, y, _ in points + points[-1:])}' stroke-linecap=round stroke-width={1.5 if len(points) > 1 else 6} />")
+        points = points[::len(points) // 400 + 1] + points[-1:]
+        band = [at(x, y + s) for x, y, s in points] + [at(x, y - s) for x, y, s in points[::-1]]
+        body += (f"<polygon points='{''.join(band)}' fill={color} opacity=.15 /><polyline fill=none stroke={color} "
+                 f"stroke-width={1.5 if len(points) > 2 else 6} stroke-linecap=round points='"
+                 f"{''.join(at(x, y) for x, y, _ in points)}' />")
     return (f"<figure>{html.escape(title)}<svg viewBox='0 0 320 170' font-size=10>{body}<text x=44 y=165>{x0:g}</text>"
             f"<text x=314 y=165 text-anchor=end>{x1:g} kimg</text></svg></figure>")
 
 def report(options):
-    """`report`: metrics, losses, cameras, speed, samples over time and what the configurations differ in."""
-    page, charts, configs, esc = [PAGE, "<p>"], {}, {}, html.escape       # charts: heading -> title -> colour -> points
-    for i, run in enumerate(map(Path, options.runs)):
+    """`report`: metrics, losses, speed, cameras, samples over time, and where the configurations differ."""
+    page, charts, configs, esc = [PAGE], {}, {"default": vars(Config())}, html.escape
+    for i, run in enumerate(map(Path, options.runs)):    # charts: heading -> title -> colour -> points
         if not holds_run(run):
             raise UserError(f"report {run}: not the folder of a run")
         color = COLORS[i % len(COLORS)]
         page.append(f"<b style='color:{color}'>&#9632; {esc(str(run))}</b> ")
         configs[str(run)] = parse_line((run / "config.json").read_text())
-        for file in ("metrics.jsonl", "log.jsonl"):
-            for row in map(parse_line, (run / file).read_text().splitlines() if (run / file).exists() else []):
+        for file in (run / "metrics.jsonl", run / "log.jsonl"):
+            for row in map(parse_line, file.read_text().splitlines() if file.exists() else []):
                 cameras = dict(zip(CAMERA_PARAMETERS, zip(row.get("camera_mean", []), row.get("camera_std", []))))
-                for name, (*value, spread) in {**{k: (v, 0) for k, v in row.items() if k not in ("kimg", "reals")}, **cameras}.items():
-                    point = (row.get("kimg"), *value, spread)
-                    if all(isinstance(x, (int, float)) and math.isfinite(x) for x in point):
-                        heading = ("Metrics" if file[0] == "m" else "Camera posterior, mean and standard deviation" if
-                                   name in cameras else "Speed" if name in ("images_per_second", "memory_mb", "seconds")
-                                   else "Training")
+                for name, value in {**row, **cameras}.items():
+                    point = (row.get("kimg"), *value) if name in cameras else (row.get("kimg"), value, 0)
+                    heading = ("Metrics" if file.name == "metrics.jsonl" else "Camera posterior" if name in cameras else
+                               "Speed" if name in ("images_per_second", "memory_mb", "seconds") else "Training")
+                    number = all(isinstance(x, (int, float)) and math.isfinite(x) for x in point)
+                    if number and name not in ("kimg", "reals"):
                         charts.setdefault(heading, {}).setdefault(name, {}).setdefault(color, []).append(point)
     for heading, drawn in charts.items():
         page += [f"<h2>{heading}</h2><div class=charts>", *(chart(*x) for x in drawn.items()), "</div>"]
     page.append("<h2>Samples</h2>")
-    for run in configs:
+    for run in [*configs][1:]:
         files = sorted(Path(run).glob("samples-*.png"))
-        files = files[::len(files) // 20 + 1] if files else []
-        pictures = [f"<figure hidden>{esc(f.stem)}<img alt='' src='data:image/png;base64,"
-                    f"{base64.b64encode(f.read_bytes()).decode()}'></figure>" for f in files]
-        page.append(f"<section><b>{esc(run)}</b><input type=range min=0 max={len(files) - 1} value={len(files) - 1} "
-                    f"oninput=show(this)>{''.join(pictures)}</section>")
-    fields = [f for f in Config.__dataclass_fields__ if len({str(c.get(f)) for c in (*configs.values(), vars(Config()))}) > 1]
-    page += ["<script>document.querySelectorAll('input').forEach(show)</script><h2>Configurations, where they are not the "
-             "default</h2><div class=wide><table><tr>", *(f"<th>{esc(x)}" for x in ("", "default", *configs))]
-    page += [f"<tr><td>{f}" + "".join(f"<td>{esc(str(c.get(f)))}" for c in (vars(Config()), *configs.values())) for f in fields]
+        files = files[::len(files) // 20 + 1]
+        page += [f"<section><b>{esc(run)}</b><input type=range max={len(files) - 1} value={len(files) - 1} "
+                 "oninput=show(this)>"]
+        page += [f"<figure hidden>{esc(f.stem)}<img alt='' src='data:image/png;base64,"
+                 f"{base64.b64encode(f.read_bytes()).decode()}'></figure>" for f in files] + ["</section>"]
+    page += ["<script>document.querySelectorAll('input').forEach(show)</script><h2>Configurations, where not the "
+             "default</h2><div class=wide><table><tr><th>", *(f"<th>{esc(name)}" for name in configs)]
+    for f in Config.__dataclass_fields__:
+        values = [esc(str(list(v) if isinstance(v := c.get(f), tuple) else v)) for c in configs.values()]
+        if len(set(values)) > 1:
+            page.append(f"<tr><td>{f}" + "".join(f"<td>{v}" for v in values))
     path = Path(options.out or Path(options.runs[0]) / "report.html")
     with atomic(path) as tmp:
         tmp.write_text("".join(page) + "</table></div></html>")
     print(f"written to {path}")
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Bench
-
-def bench_triplane(cfg, device):
-    """The tri-plane query on rays of random cameras, as in training, and a copy. -> result as a dict"""
-    B, R, S, C, T = (8, 64, 64, 32, 512) if device.type == "cuda" else (2, 64, 32, 32, 256)
+# ---- Bench -----------------------------------------------------------------------------------------------------------
+def bench(cfg):
+    """Print times of the tri-plane query on rays of random cameras, as in training, and of a copy."""
+    if cfg.repeats < 1:
+        raise UserError(f"--repeats {cfg.repeats}: must be positive")
+    device = choose_device(cfg, 0)
+    cuda = device.type == "cuda"
+    B, R, S, C, T = (8, 64, 64, 32, 512) if cuda else (2, 64, 32, 32, 256)
     model, decoder, no_decoder = Config(), TriplaneDecoder(C).to(device), torch.empty(0, device=device)
     plain = lambda p, x: sample_triplane(p.to(x.dtype), x, model.box)
     fused = lambda p, x, decoder=no_decoder: triplane(p, x, model.box, decoder)
     ways = {"features, plain": plain, "features, fused": fused, "query, plain": lambda p, x: decoder.model(plain(p, x)),
             "query, fused lookup": lambda p, x: decoder.model(fused(p, x)),
             "query, fused": lambda p, x: fused(p, x, decoder.packed())}
-    if not has_custom_ops(device.type):
-        ways = {name: way for name, way in ways.items() if "plain" in name}
-
+    ways = {name: way for name, way in ways.items() if "plain" in name or has_custom_ops(device.type)}
     def clock():
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        torch.get_device_module(device).synchronize()    # nothing on a CPU
         return time.perf_counter()
-
+    def timed(f, *args):
+        start, result = clock(), f(*args)
+        return result, clock() - start
     def run(name, dtype):
         """-> seconds forward, seconds of both passes, peak bytes beyond inputs, result and gradients"""
         planes = torch.randn(B, 3, C, T, T, device=device, dtype=dtype)
@@ -2487,15 +2082,11 @@ def bench_triplane(cfg, device):
         depths = stratified_depths(model.near, model.far, (B, R * R, 1), S, True, device).transpose(2, 3)
         points = (origins[:, :, None] + depths * directions[:, :, None]).flatten(1, 2).requires_grad_()  # (B, N, 3)
         grad = torch.randn(*points.shape[:2], C if "features" in name else 4, device=device)
-
-        before, times = memory(device, reset=True)[0], [clock()]
-        y = ways[name](planes, points)
-        times.append(clock())
-        y.backward(grad)
-        times.append(clock())
+        before = memory(device, reset=True)[0]
+        y, forward = timed(ways[name], planes, points)
+        _, backward = timed(y.backward, grad)
         extra = memory(device)[1] - before - (grad.nbytes + planes.nbytes + points.nbytes)
-        return times[1] - times[0], times[2] - times[0], extra
-
+        return forward, forward + backward, extra
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
         runs = [[run(name, dtype) for name in ways] for _ in range(cfg.repeats + 1)][1:]   # in turn: all are hit alike
@@ -2506,33 +2097,20 @@ def bench_triplane(cfg, device):
             rows.append({"what": name, "planes": str(dtype)[6:], "forward ms": forward * 1e3, "both ms": both * 1e3,
                          "times faster": base[1] / both, "extra MB": extra / 1e6, "of plain": extra / base[2],
                          "GB/s": touched / both / 1e9 if "features" in name else math.nan})
-    a, b = torch.ones(2, 2 ** (28 if device.type == "cuda" else 25), device=device)
-    copies = []
-    for _ in range(cfg.repeats + 1):
-        start = clock()
-        a.copy_(b)
-        copies.append(clock() - start)
-    return {"shape": f"{B} images x {R * R * S:,} points, C = {C}, T = {T}", "rows": rows,
-            "copy GB/s": 2 * a.nbytes / float(np.median(copies)) / 1e9}
-
-def bench(cfg):
-    if cfg.repeats < 1:
-        raise UserError(f"--repeats {cfg.repeats}: must be positive")
-    device = choose_device(cfg, 0)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    result = {"device": name, "torch": torch.__version__, **bench_triplane(cfg, device)}
+    a, b = torch.ones(2, 2 ** (28 if cuda else 25), device=device)
+    copy = 2 * a.nbytes / float(np.median([timed(a.copy_, b)[1] for _ in range(cfg.repeats + 1)])) / 1e9
+    name = torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads"
+    shape = f"{B} images x {R * R * S:,} points, C = {C}, T = {T}"
     if cfg.json:
-        print(json.dumps(result).replace("NaN", "null"))
-        return
-    print(f"{name}, PyTorch {torch.__version__}; {result['shape']}; median of {cfg.repeats}\nextra: beyond inputs, "
-          f"result and gradients; GB/s: what lookups touch, where a copy reads and writes {result['copy GB/s']:.0f}")
-    for row in ({k: k for k in result["rows"][0]}, *result["rows"]):
+        result = {"device": name, "torch": torch.__version__, "shape": shape, "rows": rows, "copy GB/s": copy}
+        return print(json.dumps(result).replace("NaN", "null"))
+    print(f"{name}, PyTorch {torch.__version__}; {shape}; median of {cfg.repeats}\nextra: beyond inputs, "
+          f"result and gradients; GB/s: what lookups touch, where a copy reads and writes {copy:.0f}")
+    for row in ({k: k for k in rows[0]}, *rows):
         print("".join(f"{f'{v:.4g}' if isinstance(v, float) else v:>{20 if k == 'what' else 13}}".replace("nan", "   ")
                       for k, v in row.items()))
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Main: the command line
-
+# ---- Main: the command line ------------------------------------------------------------------------------------------
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message}; --help shows all options")
@@ -2541,7 +2119,7 @@ def add_options(parser, options):
     """An argument for every field of a dataclass that is an `opt`."""
     types = typing.get_type_hints(options)
     for f in (f for f in dataclasses.fields(options) if f.metadata):
-        flag, type_ = "--" + f.name.replace("_", "-"), types[f.name]
+        flag, type_, choices = "--" + f.name.replace("_", "-"), types[f.name], f.metadata["choices"]
         shown = " ".join(f"{x:g}" for x in f.default) if isinstance(f.default, tuple) else f.default
         kind = dict(help=f"{f.metadata['help']} (default: {shown})".replace("%", "%%"))
         if f.default is ...:
@@ -2551,10 +2129,10 @@ def add_options(parser, options):
         elif typing.get_origin(type_) is tuple:
             parser.add_argument(flag, type=float, nargs=len(f.default), metavar="X", **kind)
         else:
-            parser.add_argument(flag, type=type_, choices=f.metadata["choices"],
-                                metavar=None if f.metadata["choices"] else type_.__name__.upper(), **kind)
+            metavar = None if choices else type_.__name__.upper()
+            parser.add_argument(flag, type=type_, choices=choices, metavar=metavar, **kind)
 
-MODES = {"train": Config, "sample": SampleConfig, "eval": EvalConfig, "report": ReportConfig, "bench": BenchConfig}   # each mode's options
+MODES = {"train": Config, "sample": SampleConfig, "eval": EvalConfig, "report": ReportConfig, "bench": BenchConfig}
 
 def parse_arguments(argv):
     """-> mode, {field: value} of the options given. The first word may be a mode; train is the default."""
@@ -2562,58 +2140,46 @@ def parse_arguments(argv):
     mode, argv = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("train", argv)
     if mode not in MODES:
         raise UserError(f"{mode}: no such mode; there are {', '.join(MODES)}")
-    training = dict(epilog="Defaults are the published ones at 256²; --preset and --data change them: " + "; ".join(
-        f"{name}: " + ", ".join(f"{k} {v}" for k, v in {**PRESETS, **DATA_PRESETS}[name].items())
-        for name in ("tiny", "small", "imagenet", "dogs"))) if mode == "train" else {}
-    parser = Parser(
-        prog=f"3dgp.py {mode}", allow_abbrev=False, argument_default=argparse.SUPPRESS, **training,
-        description=f"3DGP: a 3D GAN for any category, from unposed photographs. Options of {mode}; "
-        f"modes: {', '.join(MODES)} (--help after a mode shows its own).")
+    epilog = "Defaults are the published ones at 256²; --preset and --data change them, as PRESETS in the file says."
+    parser = Parser(prog=f"3dgp.py {mode}", allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                    description="3DGP: a 3D GAN for any category, from unposed photographs. "
+                    f"Options of {mode}; modes: {', '.join(MODES)} (--help after a mode shows its own).",
+                    epilog=epilog if mode == "train" else None)
     add_options(parser, MODES[mode])
-    given = vars(parser.parse_args(argv))
-    return mode, {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    return mode, {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
 
 def make_config(given):
     """Defaults, then the size's preset, then the data's, then what was given."""
     data = DATA_PRESETS.get(given.get("data", "shapes"), {})
     preset = given.get("preset") or data.get("preset", "base")
-    values = {**PRESETS[preset], **{k: v for k, v in data.items() if k != "preset"}, **given, "preset": preset}
-    if values.get("teacher_weights") and "teacher" not in given and values.get("teacher", "none") == "none":
-        values["teacher"] = "tf_efficientnet_lite0"
+    values = {**PRESETS[preset], **data, **given, "preset": preset}
+    if values.get("teacher_weights"):
+        values.setdefault("teacher", "tf_efficientnet_lite0")
     return Config(**values)
-
 def holds_run(folder):
     return any((Path(folder) / name).exists() for name in ("config.json", "log.jsonl"))
 
-def run_folders(data):
-    """-> the folders runs/<data>, runs/<data>-2, ... that hold a run, oldest first; and the next free one"""
-    name, found = Path(data).resolve().stem or "data", []
-    while True:
-        path = Path("runs") / (f"{name}-{len(found) + 1}" if found else name)
-        if not holds_run(path):
-            return found, path
-        found.append(path)
-
 def resolve(given):
     """-> Config, and the state to resume from or None. Decides the run folder; refuses to write over another run."""
-    found, free = run_folders(given.get("data", "shapes"))
+    name, found = Path(given.get("data", "shapes")).resolve().stem or "data", []
+    # the folders runs/<data>, runs/<data>-2, ... that hold a run, oldest first, and the next free one
+    while holds_run(free := Path("runs") / (f"{name}-{len(found) + 1}" if found else name)):
+        found.append(free)
     if not given.get("resume"):
         cfg = make_config(given)
         if cfg.out and holds_run(cfg.out):
-            raise UserError(f"--out {cfg.out}: holds a run already; go on with it by --resume latest, or name another "
-                            "folder")
+            raise UserError(f"--out {cfg.out}: holds a run; go on with it by --resume latest, or name another folder")
         return dataclasses.replace(cfg, out=cfg.out or str(free)), None
-    latest = given.get("out") or (found[-1] if found else free)
+    latest = given.get("out") or [free, *found][-1]
     path, saved, state = load_checkpoint(latest if given["resume"] == "latest" else given["resume"])
     differing = [f"{k} (there {getattr(saved, k)!r}, here {v!r})" for k, v in given.items()
                  if k not in FREE_ON_RESUME and v != getattr(saved, k)]
     if differing:
         raise UserError(f"--resume {path}: a checkpoint of another configuration: {', '.join(differing)}")
-    out = Path(given.get("out") or Path(path).parent)
-    if out.resolve() != Path(path).resolve().parent and holds_run(out):
+    out = Path(given.get("out") or path.parent)
+    if out.resolve() != path.resolve().parent and holds_run(out):
         raise UserError(f"--out {out}: holds another run than {path}; name another folder")
-    free_fields = {k: v for k, v in given.items() if k in FREE_ON_RESUME}
-    return dataclasses.replace(saved, **{**free_fields, "out": str(out), "resume": str(path)}), state
+    return dataclasses.replace(saved, **{**given, "out": str(out), "resume": str(path)}), state
 
 def main(argv=None):
     try:

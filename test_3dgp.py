@@ -961,6 +961,253 @@ def test_full_disk_leaves_the_earlier_checkpoint(tmp_path, monkeypatch, capsys):
     assert not list(out.glob(".*tmp")) and not (out / "checkpoint-000000.032.pt").exists()
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Metrics by the textbook, eval, sample, report
+
+class Stub(torch.nn.Module):
+    """A detector in the field's format: 6 features, 5 class probabilities."""
+
+    def forward(self, x: torch.Tensor, return_features: bool = False, no_output_bias: bool = False):
+        assert x.dtype == torch.uint8
+        f = torch.nn.functional.adaptive_avg_pool2d(x.float() / 255, 2).flatten(1)[:, :6]
+        return f if return_features else (3 * f[:, :5]).softmax(1)
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of a few steps, with its own cache of statistics."""
+    os.environ["TORCH_HOME"] = str(tmp_path_factory.mktemp("home"))
+    out = tmp_path_factory.mktemp("runs") / "run<1>"
+    torch.jit.script(Stub()).save(str(out.parent / "stub.pt"))
+    yield train_micro(out, kimg=0.048, metrics="fid16,nfs8", detector="area8", reals=16, metrics_kimg=0.016)
+    del os.environ["TORCH_HOME"]
+
+@pytest.mark.parametrize("n, dim", [(300, 8), (20, 32)])
+def test_metrics_are_the_textbooks(n, dim):
+    rng = np.random.default_rng(n)
+    a, b = rng.normal(size=(n, dim)), rng.normal(size=(n, dim)) * 1.3 + 0.2
+    x, y = (torch.from_numpy(v).float() for v in (a, b))
+    # FID: the trace of the root of a product is the sum of the roots of its eigenvalues
+    ca, cb = np.cov(a.T), np.cov(b.T)
+    root = np.sqrt(np.linalg.eigvals(ca @ cb).astype(complex)).real.sum()
+    fid = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(ca) + np.trace(cb) - 2 * root
+    assert m.frechet_distance(m.gaussian(x), m.gaussian(y)) == pytest.approx(fid, rel=1e-3)
+    # KID: sums over pairs, one by one
+    k = lambda u, v: (u @ v / dim + 1) ** 3
+    within = lambda v: sum(k(v[i], v[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
+    kid = within(a) + within(b) - 2 * sum(k(u, v) for u in a for v in b) / n ** 2
+    assert m.kernel_distance(x, y, subsets=3) == pytest.approx(kid, rel=1e-3)
+    # precision and recall
+    distances = lambda u, v: np.sqrt(((u[:, None] - v[None]) ** 2).sum(-1))
+    inside = lambda u, v: np.mean([(d <= np.sort(distances(v, v), 1)[:, 3]).any() for d in distances(u, v)])
+    assert m.precision_recall(x, y) == pytest.approx((inside(b, a), inside(a, b)))
+    # inception score
+    p = np.exp(a) / np.exp(a).sum(1, keepdims=True)
+    scores = [np.exp(np.mean([sum(q * np.log(q / part.mean(0))) for q in part])) for part in np.array_split(p, 10)]
+    assert m.inception_score(torch.from_numpy(p)) == pytest.approx(np.mean(scores), rel=1e-3)
+
+def test_collected_statistics_do_not_need_all_features():
+    x = torch.randn(50, 3)
+    rows, mean, cov = m.collect(x.split(16), 50, 20, 0, 1)
+    assert torch.equal(rows, x[:20]) and torch.allclose(mean.float(), x.mean(0), atol=1e-6)
+    assert torch.allclose(cov.float(), x.t().cov(), atol=1e-5)
+    for n, world in ((7, 2), (8, 3), (2, 4)):
+        parts = [m.share(n, rank, world) for rank in range(world)]
+        assert len({len(p) for p in parts}) == 1 and {i for p in parts for i in p} == set(range(n))
+
+def test_eval_on_two_processes_gives_what_one_gives(run, capsys, tmp_path):
+    """fid and its kin with a detector in the field's format; other networks' numbers carry their name."""
+    argv = ["eval", "--resume", str(run), "--metrics", "fid33,kid33,is33,pr33,nfs9", "--reals", "41", "--detector"]
+    assert m.main([*argv, str(run.parent / "stub.pt")]) == 0
+    one = log(run, "metrics")[-1]
+    shutil.rmtree(Path(os.environ["TORCH_HOME"]) / "hub" / "3dgp")
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPT, *argv,
+                    run.parent / "stub.pt"], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True,
+                   timeout=300)
+    two = log(run, "metrics")[-1]
+    assert len(log(run, "metrics")) >= 2 and one.keys() == two.keys()
+    assert {"fd33[stub]", "kd33[stub]", "score33[stub]", "precision33[stub]", "nfs9", "camera_w1_prior"} <= one.keys()
+    for name, value in one.items():
+        assert two[name] == (value if name == "data" else pytest.approx(value, rel=1e-4, abs=1e-7)), name
+    shutil.copy(run.parent / "stub.pt", tmp_path / "inception-2015-12-05.pt")           # the field's own file
+    capsys.readouterr()
+    assert m.main([*argv, str(tmp_path / "inception-2015-12-05.pt")]) == 0
+    assert log(run, "metrics")[-1]["fid33"] == pytest.approx(one["fd33[stub]"], rel=1e-6)
+    assert " fid33 " in capsys.readouterr().out
+
+def test_real_statistics_are_kept_until_the_data_change(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    root, reads = make_folder(tmp_path / "a", each=8), []
+    cfg = micro(depth="none")
+    monkeypatch.setattr(m.ImageData, "decode", lambda self, i, real=m.ImageData.decode: reads.append(i) or real(self, i))
+    statistics = lambda: m.real_statistics(cfg, m.ImageData(cfg, root), m.Detector("area8", "cpu"), torch.device("cpu"), 0, 8, 0, 1)
+    first = statistics()
+    assert len(reads) == 2 * 16 and first[0].shape == (8, 192)                          # all, and their mirror images
+    assert all(torch.equal(a, b) for a, b in zip(first, statistics())) and len(reads) == 32
+    photo(seed=999).save(root / "cat" / "0.jpg")
+    assert not torch.equal(first[1], statistics()[1]) and len(reads) == 64
+
+def test_the_best_checkpoint_is_kept(run):
+    lines = [x for x in log(run, "metrics") if "fd16[area8]" in x]
+    assert [x["kimg"] for x in lines] == [0, 0.016, 0.032, 0.048]
+    best = min(lines, key=lambda x: x["fd16[area8]"])
+    assert torch.load(run / "best.pt", weights_only=True)["images"] == round(1000 * best["kimg"])
+
+def test_sample_writes_what_was_asked_for(run, tmp_path):
+    pytest.importorskip("skimage", reason="scikit-image is not installed")
+    options = dict(resume=run, out=tmp_path, seeds="3,5-6", frames=3, mesh_resolution=12, video="wiggle")
+    G, *_ = m.load_generator(m.SampleConfig(resume=str(run)))
+    level = 0.9 * float(F.softplus(G.decoder.model[1].effective()[1][3]).detach())
+    assert m.main(["sample", *flags(**options, classes="1-2", mesh_level=level), "--mesh", "--points", "--depth", "--cameras", "--interpolate"]) == 0
+    names = [f"class{c:04d}-seed{s:04d}" for c in (1, 2) for s in (3, 5, 6)]
+    kinds = ["mesh.ply", "points.ply", "depth.png", "adapted.png"]
+    films = {f"walk.{k}" for k in ("webp", "gif", *["mp4"] * bool(shutil.which("ffmpeg")))}
+    assert {p.name for p in tmp_path.iterdir()} == {"grid.png", "cameras.png", *films, *(f"{n}-{k}" for n in names for k in kinds)}
+    with PIL.Image.open(tmp_path / "walk.webp") as film, PIL.Image.open(tmp_path / f"{names[0]}-depth.png") as depth:
+        assert film.n_frames == 6 * 3 and film.width == 2 * film.height                # RGB beside depth
+        assert depth.mode.startswith("I") and depth.size == (16, 16)
+    points, colors, _ = read_ply(tmp_path / f"{names[0]}-points.ply")
+    assert points.shape == (256, 3) and colors.std() > 0
+    assert m.main(["sample", *flags(**{**options, "out": tmp_path / "each", "video": "orbit", "seeds": "5", "resolution": 32}), "--each"]) == 0
+    with PIL.Image.open(tmp_path / "grid.png") as grid, PIL.Image.open(tmp_path / "each" / f"{names[1]}.png") as single:
+        assert grid.size == (3 * 96, 2 * 96) and single.size == (96, 96)
+    assert len(list((tmp_path / "each").glob("*-orbit.webp"))) == 8 and not (tmp_path / "each" / "grid.png").exists()
+
+def test_truncation_draws_to_the_mean_of_the_class(run, tmp_path):
+    pictures = []
+    for truncation in (0, 1):
+        assert m.main(["sample", *flags(resume=run, out=tmp_path, truncation=truncation, classes="0,4", seeds="1-2"), "--points"]) == 0
+        pictures.append([read_ply(tmp_path / f"class{c:04d}-seed{s:04d}-points.ply")[1] for c in (0, 4) for s in (1, 2)])
+    G, *_ = m.load_generator(m.SampleConfig(resume=str(run)))
+    means = [G.mapping(torch.randn(4096, 8), torch.full((4096,), c)).mean(0) for c in (0, 4)]
+    assert (means[0] - means[1]).abs().max() > 0.1                                      # classes have their own
+    assert any((a != b).any() for a, b in zip(*pictures))
+
+def read_ply(path):
+    """-> vertices (V, 3), colours (V, 3), faces (M, 3)"""
+    header, body = Path(path).read_bytes().split(b"end_header\n", 1)
+    V, M = (int(line.split()[-1]) for line in header.decode().splitlines() if line.startswith("element"))
+    vertex = np.frombuffer(body, [("xyz", "<f4", 3), ("rgb", "u1", 3)], V)
+    face = np.frombuffer(body[V * 15:], [("n", "u1"), ("v", "<i4", 3)], M)
+    assert len(body) == V * 15 + M * 13 and (face["n"] == 3).all()
+    return vertex["xyz"], vertex["rgb"], face["v"]
+
+def ball(radius=0.15, sharp=20000.0):
+    """A generator whose planes hold a ball: the decoder's density is steep in radius² - |x|², its colours a ramp."""
+    G = m.Generator(micro(coarse_samples=64, fine_samples=64, triplane_resolution=64)).eval().requires_grad_(False)
+    line = torch.linspace(-0.5, 0.5, 64)
+    first, second = line.view(1, 64).expand(64, 64), line.view(64, 1).expand(64, 64)   # width, height
+    squares = first ** 2 + second ** 2
+    planes = torch.stack([torch.stack([1.5 * squares / 2, first, second, 0 * first]) for _ in range(3)])[None]
+    # means of the planes: |x|² / 2, (2x + y) / 3, (y + 2z) / 3
+    gain, W1, W2 = math.sqrt(2), G.decoder.model[0], G.decoder.model[1]
+    for layer in (W1, W2):
+        layer.weight.zero_()
+        layer.bias.zero_()
+    for row, (feature, weight, bias) in enumerate([(0, -1.0, radius ** 2 / 2), (1, 1.0, 1.0), (2, 1.0, 1.0)]):
+        W1.weight[row, feature] = weight * math.sqrt(4) / gain
+        W1.bias[row] = bias / gain
+    W2.weight[3, 0], W2.weight[0, 1], W2.weight[1, 2] = sharp * 8, 32.0, 32.0
+    W2.bias[:2] = -4.0
+    return G, planes
+
+def test_mesh_of_a_ball_is_closed_outward_and_renders_to_its_depth():
+    pytest.importorskip("skimage", reason="scikit-image is not installed")
+    (G, planes), cam = ball(), camera(yaw=0.3, pitch=1.3, fov=25)
+    vertices, faces, _ = m.extract_mesh(G, planes, cam, 60.0, 96)
+    radius = math.sqrt(0.15 ** 2 - 2 * 60 / 20000)                                      # where the density is 60
+    assert np.linalg.norm(vertices, axis=1) == pytest.approx(radius, abs=0.003)
+    edges = np.sort(np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]), 1)
+    assert (np.unique(edges, axis=0, return_counts=True)[1] == 2).all()                # watertight
+    a, b, c = (vertices[faces[:, i]].astype(float) for i in range(3))
+    assert np.einsum("ij,ij->i", a, np.cross(b, c)).sum() / 6 == pytest.approx(4 / 3 * math.pi * radius ** 3, rel=0.02)   # outwards
+    rgb, depth = G.render(planes, cam, 65)
+    pose = m.cam2world(cam)[0].numpy()
+    p = (vertices - pose[:3, 3]) @ pose[:3, :3]                                         # in the camera's frame
+    facing = np.einsum("ij,ij->i", vertices, pose[:3, 3] - vertices) > 0.3 * radius
+    focal = 1 / math.tan(math.radians(12.5))
+    u, v = ((s * p[facing, k] / -p[facing, 2] * focal + 1) * 32 for k, s in ((0, 1), (1, -1)))
+    rendered = depth[0, 0].numpy()[v.round().astype(int), u.round().astype(int)]
+    assert np.median(abs(rendered - np.linalg.norm(p[facing], axis=1))) < 0.01
+    with pytest.raises(m.UserError, match="--mesh-level"):
+        m.extract_mesh(G, planes, cam, 1e6, 32)
+
+def test_what_no_ray_saw_is_not_in_the_mesh():
+    pytest.importorskip("skimage", reason="scikit-image is not installed")
+    (G, planes), cam = ball(radius=0.4), camera()
+    vertices, _, _ = m.extract_mesh(G, planes, cam, 60.0, 48)
+    distance = np.linalg.norm(vertices - m.cam2world(cam)[0, :3, 3].numpy(), axis=1)
+    assert 0.73 < distance.min() < 0.78 and distance.max() < 1.27
+
+def reprojection_psnr(G, planes, a, b, R):
+    """Colours of the view from b, found in the view from a by b's depth, against themselves; dB."""
+    (rgb_a, depth_a), (rgb_b, depth_b) = (G.render(planes, c, R) for c in (a, b))
+    origins, directions = m.camera_rays(b, R)
+    points = origins + directions * depth_b.flatten(2).transpose(1, 2)
+    pose = m.cam2world(a)
+    p = (points - pose[:, None, :3, 3]) @ pose[:, :3, :3]
+    xy = p[..., :2] / -p[..., 2:] / (a.fov.view(-1, 1, 1) * math.pi / 360).tan()
+    grid = (xy * torch.tensor([1.0, -1.0])).view(1, R, R, 2)
+    found = F.grid_sample(torch.cat([rgb_a, depth_a], 1), grid, align_corners=True)
+    seen = (grid.abs() < 1).all(-1) & ((found[:, 3] - p.norm(dim=2).view(1, R, R)).abs() < 0.02)     # not hidden in a
+    error = (found[:, :3].clamp(-1, 1) - rgb_b.clamp(-1, 1)).square().mean(1)[seen].mean() / 4
+    return -10 * math.log10(float(error)), float(seen.float().mean())
+
+@pytest.mark.parametrize("kind", ["orbit", "wiggle", "line", "zoom"])
+def test_animations_start_and_end_at_the_mean_camera_and_are_consistent(kind):
+    (G, planes), start = ball(), camera(pitch=1.4, fov=25)
+    path = m.camera_path(kind, start, 48, 0.4)
+    parameters = m.camera_parameters(path)
+    assert torch.allclose(parameters[0], m.camera_parameters(start)[0], atol=1e-5)
+    steps = (parameters.roll(-1, 0) - parameters).abs()
+    assert (parameters[:, :2] - parameters[0, :2]).abs().max() <= 0.4 + 1e-5 and steps[:, :2].max() < 0.1 and steps.max() < 1
+    for i in (0, 12, 30):
+        psnr, seen = reprojection_psnr(G, planes, m.rows(path, i, i + 1), m.rows(path, i + 1, i + 2), 64)
+        assert psnr > 30 and seen > 0.15
+
+def test_render_does_not_depend_on_the_chunk_and_the_cut_is_the_median():
+    G = m.Generator(micro()).eval()
+    planes = torch.randn(2, 3, 4, 16, 16)
+    with torch.no_grad():
+        whole = torch.cat(G.render(planes, camera(2), 16), 1)
+        parts = torch.cat(G.render(planes, camera(2), 16, chunk=77), 1)
+        assert torch.allclose(whole, parts, atol=1e-6)
+        rgb, sigma, depths = G.sample_rays(m.channels_last(planes), *m.camera_rays(camera(2), 16))
+        sigma = F.softplus(sigma)
+        kept = torch.where(sigma < sigma.flatten(1).median(1).values.view(2, 1, 1), 0, sigma)
+        raw = torch.where(kept > 0, (kept.clamp(min=1e-20).expm1()).log(), torch.tensor(-math.inf))
+        expected = m.march_rays(rgb, raw, depths)[1].view(2, 1, 16, 16)
+        for chunk in (2 ** 14, 100):
+            assert torch.allclose(G.render(planes, camera(2), 16, chunk=chunk, cut=True)[1], expected, atol=1e-4)
+        assert (expected - whole[:, 3:]).abs().max() > 1e-3
+
+def test_report_is_one_page_that_escapes_what_it_shows(run, tmp_path):
+    with open(run / "log.jsonl", "a") as f:
+        f.write('{"kimg": 0.05, "<script>alert(1)</script>": 3, "loss_g": NaN}\n{"kimg": 0.06, "loss')
+    assert m.main(["report", str(run), "--out", str(tmp_path / "r.html")]) == 0
+    page = (tmp_path / "r.html").read_text()
+    assert "run&lt;1&gt;" in page and "run<1>" not in page and "<script>alert" not in page and "http" not in page
+    for title in ("loss_g", "fd16[area8]", "images_per_second", "look_at_radius", "z_dim"):
+        assert title in page
+    assert page.count("data:image/png;base64,") == len(list(run.glob("samples-*.png")))
+    assert "nan" not in "".join(re.findall(r"points='([^']*)'", page))
+
+def test_a_damaged_or_foreign_checkpoint_is_one_line_and_runs_nothing(run, tmp_path, capsys):
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+    whole = (run / "best.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[:len(whole) // 2])
+    torch.save({"config": Evil(), **dict.fromkeys(("step", "images", "seconds", "G", "D", "G_ema", "opt_g", "opt_d"), 0)}, tmp_path / "evil.pt")
+    state = torch.load(run / "best.pt", weights_only=True)
+    torch.save({**state, "config": {**state["config"], "z_dim": 12}}, tmp_path / "other.pt")
+    torch.save({**state, "config": {**state["config"], "resolution": "many"}}, tmp_path / "odd.pt")
+    torch.save({"G_ema": {}}, tmp_path / "foreign.pt")
+    for name in ("cut", "evil", "other", "odd", "foreign"):
+        for mode in ("sample", "eval"):
+            status, err = run_main(capsys, mode, "--resume", tmp_path / f"{name}.pt")
+            assert status == 2 and err.count("\n") == 1 and f"{name}.pt" in err, (name, err)
+    assert not (tmp_path / "ran").exists()
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Command line and bad input
 
 @pytest.mark.parametrize("mode", m.MODES)
@@ -1005,6 +1252,15 @@ def test_presets_name_real_options_and_are_valid():
     (["--resume", "latest", "--out", "EMPTY"], "no checkpoint"),
     (["--resume", "GARBAGE"], "not a readable"),
     (["paint"], "paint: no such mode"),
+    (["sample"], "--resume: name a checkpoint"),
+    (["sample", "--resume", "EMPTY"], "no checkpoint in"),
+    (["sample", "--frames", "0"], "--frames, --fps: must be 1 or more"),
+    (["eval", "--resume", "missing.pt"], "missing.pt: no such file"),
+    (["report", "EMPTY"], "EMPTY: not the folder of a run"),
+    (["--metrics", "fid50x"], "--metrics fid50x: must be fid, kid"),
+    (["--metrics", "is2k"], "area8 gives no class probabilities"),
+    (["--detector", "GARBAGE"], "not TorchScript in the field's format"),
+    (["--detector", "timm:nobody"], "--detector nobody: timm has no model"),
     (["bench", "--repeats", "0"], "--repeats 0: must be positive"),
 ])
 def test_bad_input_is_one_line_and_status_2(tmp_path, capsys, argv, message):
@@ -1012,7 +1268,7 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, capsys, argv, message):
     make_folder(tmp_path / "PHOTOS", each=1)
     (tmp_path / "GARBAGE").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     argv = [str(tmp_path / a) if a in ("EMPTY", "PHOTOS", "GARBAGE") else a for a in argv]
-    if "--out" not in argv and argv[0] != "bench":
+    if "--out" not in argv and argv[0] not in ("bench", "eval"):
         argv += ["--out", str(tmp_path / "out")]
     status, err = run_main(capsys, *argv)
     assert status == 2 and message in err and err.count("\n") == 1 and err.startswith("3dgp.py: error: ")

@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import http.server
 import importlib.util
-import io
 import json
 import math
 import os
@@ -1070,6 +1069,11 @@ def test_sample_writes_what_was_asked_for(run, tmp_path):
     with PIL.Image.open(tmp_path / "grid.png") as grid, PIL.Image.open(tmp_path / "each" / f"{names[1]}.png") as single:
         assert grid.size == (3 * 96, 2 * 96) and single.size == (96, 96)
     assert len(list((tmp_path / "each").glob("*-orbit.webp"))) == 8 and not (tmp_path / "each" / "grid.png").exists()
+
+def test_mesh_without_scikit_image_asks_for_it(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "skimage.measure", None)
+    status, err = run_main(capsys, "sample", "--resume", run, "--out", tmp_path, "--mesh")
+    assert status == 2 and err.splitlines()[-1].endswith("--mesh: needs scikit-image; pip install scikit-image")
 
 def test_truncation_draws_to_the_mean_of_the_class(run, tmp_path):
     pictures = []

@@ -1277,7 +1277,7 @@ class Detector:
 def parse_metrics(text):
     """"fid50k,nfs256" -> [("fid", "50k", 50000), ("nfs", "256", 256)]. Below 10k, k is 1,024, as in the field."""
     out = []
-    for item in text.split(",") if text else []:
+    for item in text.split(","):
         found = re.fullmatch(r"(fid|kid|is|pr|nfs)(\d{1,6})(k?)", item)
         n = int(found[2]) * ((1024 if int(found[2]) < 10 else 1000) if found[3] else 1) if found else 0
         if n < 8:
@@ -1606,7 +1606,7 @@ def train(cfg, resumed=None):
     rank, world, local_rank = distributed()
     share, micro = validate(cfg, world)
     device = choose_device(cfg, local_rank)
-    data, detector = open_data(cfg), open_detector(cfg, device)
+    data, detector = open_data(cfg), open_detector(cfg, device) if cfg.metrics else None
     teacher = Teacher(cfg.teacher, cfg.teacher_weights).to(device) if cfg.teacher != "none" else None
     for name, found in (("num_classes", data.num_classes), ("teacher_dim", teacher.dim if teacher else 0)):
         wanted = getattr(cfg, name)
@@ -1912,8 +1912,8 @@ def parse_numbers(text, flag, below):
 @torch.no_grad()
 def sample(options):
     """All that a person wants to look at, from a checkpoint alone."""
-    if not min(options.frames, options.fps, options.mesh_resolution - 1) >= 1:
-        raise UserError("--frames, --fps: must be 1 or more, --mesh-resolution 2 or more")
+    if not min(options.frames, options.fps, options.mesh_resolution - 1, (options.resolution or 2) - 1) >= 1:
+        raise UserError("--frames, --fps: must be 1 or more, --mesh-resolution and --resolution 2 or more")
     G, path, kimg = load_generator(options)
     cfg, device, resolution = G.cfg, next(G.parameters()).device, options.resolution or G.cfg.resolution
     seeds, count = parse_numbers(options.seeds, "--seeds", 2 ** 31), max(cfg.num_classes, 1)

@@ -1032,6 +1032,10 @@ def test_eval_on_two_processes_gives_what_one_gives(run, capsys, tmp_path):
     assert log(run, "metrics")[-1]["fid33"] == pytest.approx(one["fd33[stub]"], rel=1e-6)
     assert " fid33 " in capsys.readouterr().out
 
+def test_eval_needs_a_metric(run, capsys):
+    status, err = run_main(capsys, "eval", "--resume", run, "--metrics", "", "--detector", "area8")
+    assert status == 2 and "--metrics : must be fid" in err
+
 def test_real_statistics_are_kept_until_the_data_change(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     root, reads = make_folder(tmp_path / "a", each=8), []
@@ -1116,7 +1120,7 @@ def ball(radius=0.15, sharp=20000.0):
 def test_mesh_of_a_ball_is_closed_outward_and_renders_to_its_depth():
     pytest.importorskip("skimage", reason="scikit-image is not installed")
     (G, planes), cam = ball(), camera(yaw=0.3, pitch=1.3, fov=25)
-    vertices, faces, _ = m.extract_mesh(G, planes, cam, 60.0, 96)
+    vertices, _, faces = m.extract_mesh(G, planes, cam, 60.0, 96)
     radius = math.sqrt(0.15 ** 2 - 2 * 60 / 20000)                                      # where the density is 60
     assert np.linalg.norm(vertices, axis=1) == pytest.approx(radius, abs=0.003)
     edges = np.sort(np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]), 1)
@@ -1259,6 +1263,7 @@ def test_presets_name_real_options_and_are_valid():
     (["sample"], "--resume: name a checkpoint"),
     (["sample", "--resume", "EMPTY"], "no checkpoint in"),
     (["sample", "--frames", "0"], "--frames, --fps: must be 1 or more"),
+    (["sample", "--resolution", "-5"], "--resolution 2 or more"),
     (["eval", "--resume", "missing.pt"], "missing.pt: no such file"),
     (["report", "EMPTY"], "EMPTY: not the folder of a run"),
     (["--metrics", "fid50x"], "--metrics fid50x: must be fid, kid"),

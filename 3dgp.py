@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
 class UserError(Exception):
@@ -99,7 +101,7 @@ class Config:
     # optimisation
     kimg: float = opt(25_000, "length of the run in thousands of images")
     batch_size: int = opt(64, "images per step, over all processes")
-    batch_gpu: int = opt(8, "images per forward pass: a multiple of 4; the rest of a process's share is accumulated")
+    batch_gpu: int = opt(0, "images per pass, a multiple of 4; gradients add up over passes (0: what memory holds)")
     g_lr: float = opt(0.0025, "generator's learning rate")
     d_lr: float = opt(0.002, "discriminator's learning rate")
     r1_gamma: float = opt(0.05, "weight of R1")
@@ -107,6 +109,7 @@ class Config:
     ema_kimg: float = opt(20, "half life of the generator's moving average")
     ema_rampup: float = opt(0.05, "the half life is at most this share of the images seen")
     precision: str = opt("tf32", "arithmetic of the networks; on CPUs tf32 is fp32", "fp32", "tf32", "bf16")
+    compile: bool = opt(False, "torch.compile the networks, but not for the steps with R1; takes minutes at the start")
     fused: bool = opt(True, "look points up with custom_ops.cu where it compiles, not with PyTorch's own operators")
     # output
     snapshot_kimg: float = opt(200, "write checkpoint and samples every so many kimg")
@@ -151,9 +154,11 @@ class ReportConfig:
     runs: list[str] = opt(..., "folders of runs")
     out: str = opt("", "file to write (empty: report.html in the first run's folder)")
 @dataclasses.dataclass
-class BenchConfig:
-    what: str = opt("triplane", "what to time: the tri-plane query, fused against plain", "triplane")
-    device: str = opt("auto", "auto takes the GPU if there is one", "auto", "cuda", "cpu")
+class BenchConfig(Config):
+    """Options of `bench`: these, and those of train."""
+    what: str = opt("triplane", "tri-plane query, training step, or making pictures", "triplane", "step", "render")
+    preset: str = opt("small", "model size; compared, compared-small: as the published implementation was measured",
+                      "tiny", "small", "base", "imagenet", "compared", "compared-small")
     repeats: int = opt(9, "timings of each row, after one to warm up; the median counts")
     json: bool = opt(False, "print JSON, not a table")
 
@@ -162,15 +167,20 @@ SHORT = dict(camera_reg_units="range", camera_reg_weights=(20.0, 10.0, 20.0, 2.0
 PRESETS = {
     "tiny": dict(resolution=32, patch_resolution=32, triplane_resolution=32, triplane_features=16, channel_base=2048,
                  channel_max=64, adaptor_channels=16, z_dim=64, w_dim=64, coarse_samples=8, fine_samples=8,
-                 batch_size=8, batch_gpu=8, kimg=18, r1_gamma=0.5, ema_kimg=0.5, density_noise_kimg=2, adaptor_kimg=5,
+                 batch_size=8, kimg=18, r1_gamma=0.5, ema_kimg=0.5, density_noise_kimg=2, adaptor_kimg=5,
                  camera_reg_kimg=2, patch_kimg=7, blur_sigma=2.0, blur_kimg=1, snapshot_kimg=4.5, log_kimg=0.25,
                  metrics="fid1k,nfs64", metrics_kimg=4.5, detector="area8", reals=1024, workers=1, **SHORT),
     "small": dict(resolution=64, patch_resolution=64, triplane_resolution=128, triplane_features=32, channel_base=8192,
                   channel_max=256, z_dim=128, w_dim=128, coarse_samples=24, fine_samples=24, batch_size=32,
-                  batch_gpu=32, kimg=400, r1_gamma=0.5, ema_kimg=4, density_noise_kimg=80, adaptor_kimg=160,
+                  kimg=400, r1_gamma=0.5, ema_kimg=4, density_noise_kimg=80, adaptor_kimg=160,
                   camera_reg_kimg=120, patch_kimg=160, blur_sigma=4.0, blur_kimg=10, snapshot_kimg=25, log_kimg=1,
                   metrics="fid2k,nfs64", metrics_kimg=25, detector="area8", reals=2048, **SHORT),
-    "base": dict(), "imagenet": dict(channel_base=65536, channel_max=1024)}
+    "base": dict(), "imagenet": dict(channel_base=65536, channel_max=1024),
+    # where the published implementation was measured on 2 CPU cores: 7.97, 2.93, 1.36 and 0.076, 0.036, 0.009 seconds
+    # an image for steps of G, of D, and R1 (the same batch in one pass)
+    "compared": dict(batch_size=4, num_classes=1000),
+    "compared-small": dict(resolution=64, patch_resolution=32, triplane_resolution=64, channel_base=2048, num_classes=8,
+                           channel_max=64, coarse_samples=16, fine_samples=16, batch_size=16)}
 DATA_PRESETS = {   # the published data sets; the small ones have a faster camera schedule
     "shapes": dict(preset="tiny"), "imagenet": dict(preset="imagenet", teacher="resnet50"),
     **{k: dict(preset="base", teacher="resnet50", camera_reg_kimg=3_000) for k in ("dogs", "elephants", "horses")}}
@@ -197,11 +207,9 @@ def to_rgb(image):
     if image.mode.startswith("I"):
         image = PIL.Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
+        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
-def crop_resize(image, resolution, filter):
-    """Largest centred square, resized."""
+def crop_resize(image, resolution, filter):  # the largest centred square, resized
     return PIL.ImageOps.fit(image, (resolution, resolution), filter)
 
 def read_depth(png):
@@ -225,12 +233,11 @@ class ImageData:
             files, seen = [], set()
             def refuse(e):
                 raise UserError(f"--data {source}: cannot read the folder {e.filename} ({e.strerror})")
-            for folder, folders, members in os.walk(self.source, followlinks=True, onerror=refuse):
-                path = os.path.realpath(folder)
-                if path in seen or "prepared.json" in members and Path(folder) != self.source:
+            for path, folders, members in os.walk(self.source, followlinks=True, onerror=refuse):
+                if (real := os.path.realpath(path)) in seen or "prepared.json" in members and Path(path) != self.source:
                     folders[:] = members[:] = []    # links can make circles; lereS_depth.py may have written below
-                seen.add(path)
-                files += [os.path.relpath(os.path.join(folder, f), self.source) for f in members]
+                seen.add(real)
+                files += [os.path.relpath(os.path.join(path, f), self.source) for f in members]
         else:
             try:
                 files = [i.filename for i in self.archive(os.getpid()).infolist() if not i.is_dir()]
@@ -252,15 +259,11 @@ class ImageData:
                        "photographs with lereS_depth.py, or train on RGB alone with --depth none")
         self.labels = self.read_labels(files)
         self.num_classes = int(self.labels.max(initial=-1)) + 1
-    @staticmethod
-    def depth_name(name):
-        return str(Path(name).with_suffix("")) + "_depth.png"
+    depth_name = staticmethod(lambda name: str(Path(name).with_suffix("")) + "_depth.png")
     def read_labels(self, files):
-        """Class of every image, from dataset.json or the first-level folders. -> int64 (N,), empty without classes
-        Folders that hold everything, as archives often have at their top, do not count."""
-        top = os.path.commonpath([os.path.dirname(f) for f in self.names])
-        listing = next((f for f in ("dataset.json", os.path.join(top, "dataset.json")) if f in files), None)
-        if listing:
+        """Class of every image, from dataset.json or the first-level folders. -> int64 (N,), empty without classes"""
+        top = os.path.commonpath([os.path.dirname(f) for f in self.names])  # folders that hold everything do not count
+        if listing := next((f for f in ("dataset.json", os.path.join(top, "dataset.json")) if f in files), None):
             try:
                 listed = json.loads(self.read(listing))["labels"]
                 table = {os.path.join(os.path.dirname(listing), name): int(label) for name, label in listed or []}
@@ -273,29 +276,22 @@ class ImageData:
             parts = {f: Path(f).relative_to(top).parts for f in self.names}
             folders = sorted({p[0] for p in parts.values() if len(p) > 1})
             table = {f: folders.index(p[0]) for f, p in parts.items() if len(p) > 1}
-        if not table:
-            return np.zeros(0, np.int64)
-        if unlabelled := [f for f in self.names if f not in table]:
+        if table and (unlabelled := [f for f in self.names if f not in table]):
             raise UserError(f"--data {self.source}: no label for {len(unlabelled)} images, the first is {unlabelled[0]}"
                             f" ({'name it in dataset.json' if listing else 'move it into the folder of its class'})")
-        return np.array([table[f] for f in self.names], np.int64)
+        return np.array([table[f] for f in self.names if table], np.int64)
     @functools.lru_cache(4)
-    def archive(self, pid):
-        """The open zip, one for each process: workers must not share a file position."""
+    def archive(self, pid):  # the open zip, one for each process: workers must not share a file position
         return zipfile.ZipFile(self.source)
-    def read(self, name):
-        """Bytes of one member."""
+    def read(self, name):  # -> bytes of one member
         if self.source.is_dir():
             if not (self.source / name).is_file():
                 raise FileNotFoundError(f"{name}: not a file")
             return (self.source / name).read_bytes()
         return self.archive(os.getpid()).read(name)
-    def fingerprint(self):
-        """Tells apart data that differ, without reading them all."""
-        if self.source.is_file():
-            found = [(i.filename, i.CRC) for i in self.archive(os.getpid()).infolist()]
-        else:
-            found = [(f, s.st_size, s.st_mtime_ns) for f in self.names for s in [(self.source / f).stat()]]
+    def fingerprint(self):  # tells apart data that differ, without reading them all
+        found = ([(i.filename, i.CRC) for i in self.archive(os.getpid()).infolist()] if self.source.is_file() else
+                 [(f, s.st_size, s.st_mtime_ns) for f in self.names for s in [(self.source / f).stat()]])
         return hashlib.sha256(repr((found, self.labels.tolist())).encode()).hexdigest()
     __len__ = lambda self: len(self.names)
     def decode(self, i):
@@ -315,13 +311,10 @@ class ImageData:
             try:
                 return dict(self.decode(i), label=int(self.labels[i]) if self.num_classes else 0, bad=bad)
             except Exception:  # decoders of damaged files raise anything
-                bad.append(self.names[i])
-                i = (i + 1) % len(self)
+                bad, i = [*bad, self.names[i]], (i + 1) % len(self)
         return dict(bad=bad)
 
-def length(*coords):
-    return np.sqrt(sum(c * c for c in coords))
-
+length = lambda *coords: np.sqrt(sum(c * c for c in coords))
 # Signed distance of each solid from points (x, y, z), y up; about one unit in size, standing on y = -1 or higher.
 SOLIDS = {
     "sphere": lambda x, y, z: length(x, y, z) - 1,
@@ -338,8 +331,7 @@ class ShapesData:
     """Solids on a checkered ground under a sky, from cameras whose distribution is known. Item i is a function of i
     alone: ImageData's entries, true_depth float32 (1, R, R) in world units (sky: cfg.far), camera float32 (6,) in the
     order of CAMERA_PARAMETERS. Estimated depth is the true one, normalised, to some power, with a smooth error."""
-    num_classes = len(SOLIDS)
-    GROUND = -0.11
+    num_classes, GROUND = len(SOLIDS), -0.11
     def __init__(self, cfg):
         self.resolution, self.use_depth, self.distortion = cfg.resolution, cfg.depth != "none", cfg.depth_distortion
         self.far, self.labels = cfg.far, np.arange(len(self)) % self.num_classes
@@ -347,8 +339,7 @@ class ShapesData:
     def fingerprint(self):
         return "shapes", self.distortion, self.far, hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     @staticmethod
-    def true_camera(rng, label):
-        """The truth that the camera generator has to find: narrower than the prior, fov by class. -> (6,)"""
+    def true_camera(rng, label):  # -> (6,): what the camera generator must find, narrower than the prior, fov by class
         return np.array([rng.normal(0, 0.35), rng.normal(math.pi / 2 - 0.25, 0.1), 17 + 2 * label + rng.normal(0, 0.5),
                          rng.normal(0, 0.6), rng.normal(math.pi / 2, 0.3), rng.uniform(0, 0.06)], np.float32)
     def true_cameras(self, n):
@@ -358,7 +349,7 @@ class ShapesData:
         c = torch.from_numpy(self.true_camera(rng, label))[None]
         origin, ray = camera_rays(Camera(*c[:, :3].T, torch.ones(1), c[:, 3:]), self.resolution * supersample)
         origin, ray = origin[0, 0].numpy(), ray[0].numpy()                            # (3,), (R², 3)
-        # sky, and on it the ground out to `far`
+        # sky, and on it the checkered ground out to `far`, darker near the solid
         up = np.clip(ray[:, 1:2] * 1.5 + 0.75, 0, 1)
         color = (1 - up) * np.array([0.78, 0.86, 0.93]) + up * np.array([0.36, 0.55, 0.85])
         t = (self.GROUND - origin[1]) / np.minimum(ray[:, 1], -1e-6)
@@ -366,8 +357,7 @@ class ShapesData:
         p = origin + t[on, None] * ray[on]
         scale = rng.uniform(0.065, 0.095)
         center = np.array([rng.uniform(-0.05, 0.05), self.GROUND + scale, rng.uniform(-0.05, 0.05)])
-        checker = np.floor(p[:, [0, 2]] / 0.1).sum(1, keepdims=True) % 2
-        ground = (0.42 + 0.3 * checker) * np.array([1.0, 0.93, 0.82])
+        ground = (0.42 + 0.3 * (np.floor(p[:, [0, 2]] / 0.1).sum(1, keepdims=True) % 2)) * np.array([1.0, 0.93, 0.82])
         ground = ground * (1 - 0.55 * np.exp(-((p - center)[:, [0, 2]] ** 2).sum(1) / scale ** 2))[:, None]
         fog = np.clip((t[on, None] - 1.1) / (self.far - 1.1), 0, 1) ** 2
         color[on] = (1 - fog) * ground + fog * color[on]
@@ -380,8 +370,7 @@ class ShapesData:
         hit = np.flatnonzero(gap > 0)
         d, s = d[hit], middle[hit] - np.sqrt(gap[hit])
         for _ in range(32):
-            distance = sdf(*(o + s[:, None] * d).T)
-            s = s + distance
+            s = s + (distance := sdf(*(o + s[:, None] * d).T))
         on = (distance < 0.02) & (s * scale < depth[hit])
         hit, d, s = hit[on], d[on], s[on]
         p = o + s[:, None] * d
@@ -393,14 +382,12 @@ class ShapesData:
         rgb = value * (1 - saturation * np.clip(abs((hue * 6 + np.array([3, 1, 5])) % 6 - 3) - 1, 0, 1))
         band = np.sin(7 * p[:, 1] + 1) if label % 2 == 0 else np.sin(3 * np.arctan2(p[:, 2], p[:, 0]))
         color[hit], depth[hit] = rgb * (shade * np.where(band > 0, 1.0, 0.55))[:, None], s * scale
-        # average the supersamples (depth: the nearest of them would flicker, the mean does not)
-        small = (self.resolution, supersample, self.resolution, supersample)
+        small = (self.resolution, supersample, self.resolution, supersample)  # average: the nearest depth would flicker
         image, depth = color.reshape(*small, 3).mean((1, 3)).clip(0, 1), depth.reshape(small).mean((1, 3))
         item = dict(image=torch.from_numpy((image.transpose(2, 0, 1) * 255).round().astype(np.uint8)), label=label,
                     true_depth=torch.from_numpy(depth[None].astype(np.float32)), camera=c[0], bad=[])
         return {**item, "depth": self.estimate(rng, depth)} if self.use_depth else item
-    def estimate(self, rng, depth):
-        """What a monocular estimator might say of a true depth (R, R). -> float32 (1, R, R) in [-1, 1]"""
+    def estimate(self, rng, depth):  # true (R, R) -> float32 (1, R, R) in [-1, 1], as a monocular estimator might say
         k, R, pad = self.distortion, self.resolution, self.resolution // 8
         d = ((depth - depth.min()) / max(depth.max() - depth.min(), 1e-6)) ** (1 + k * (rng.uniform(0.5, 1.1) - 1))
         u, v = np.cos(np.outer([1, 2], np.linspace(0, math.pi, R)) + rng.uniform(0, 2 * math.pi, (2, 1)))
@@ -414,8 +401,7 @@ def open_data(cfg):
         return ShapesData(cfg)
     root = Path(os.environ.get("DATA_DIR", "data"))
     places = [root / cfg.data, root / f"{cfg.data}.zip"] if cfg.data in DATA_PRESETS else [Path(cfg.data)]
-    source = next((s for s in places if s.exists()), None)
-    if source is None:
+    if (source := next((s for s in places if s.exists()), None)) is None:
         raise UserError(f"--data {cfg.data}: no such file or folder ({' or '.join(map(str, places))}); give a path, or "
                         f"one of {', '.join(DATA_PRESETS)}, which are looked for in DATA_DIR")
     try:
@@ -427,11 +413,9 @@ def open_data(cfg):
 
 def collate(items):
     """Stack what can be stacked; failed items carry only their names."""
-    batch = dict(bad=[name for item in items for name in item["bad"]])
-    if all("image" in item for item in items):
-        batch |= {k: torch.stack([torch.as_tensor(i[k]) for i in items]) for k in items[0] if k != "bad"}
-    return batch
-
+    bad = [name for item in items for name in item["bad"]]
+    keys = [k for k in items[0] if k != "bad"] if all("image" in item for item in items) else []
+    return dict(bad=bad, **{k: torch.stack([torch.as_tensor(item[k]) for item in items]) for k in keys})
 def real_images(batch, device):
     """A batch as the discriminator sees it: RGB and, if there is any, depth. -> (B, 3 or 4, R, R) in [-1, 1]"""
     if "image" not in batch:
@@ -439,7 +423,6 @@ def real_images(batch, device):
         raise UserError(f"--data: {len(set(bad))} images in a row are unreadable, the first is {bad[0]}")
     rgb = batch["image"].to(device, non_blocking=True).float() / 127.5 - 1
     return torch.cat([rgb, batch["depth"].to(device, non_blocking=True)], 1) if "depth" in batch else rgb
-
 class MirroredData(torch.utils.data.Dataset):
     """The data and its mirror image: index n + i is item i flipped."""
     def __init__(self, data):
@@ -448,32 +431,26 @@ class MirroredData(torch.utils.data.Dataset):
         item = self.data[i % len(self.data)]
         if i >= len(self.data):
             item.update({k: item[k].flip(-1) for k in ("image", "depth", "true_depth") if k in item})
-            if "camera" in item:
-                item["camera"] = item["camera"] * torch.tensor([-1, 1, 1, -1, 1, 1])
+            item.update({k: item[k] * torch.tensor([-1, 1, 1, -1, 1, 1]) for k in ["camera"] if k in item})
         return item
 
 class Batches:
     """Endless batches of indices for this process from a step on: a function of seed and step, so that a resumed run
     sees what an undisturbed one would. Epochs are permutations of the data (and of its mirror image)."""
     def __init__(self, cfg, n, step, rank, world):
-        self.total, self.seed, self.batch = n * (2 if cfg.mirror else 1), cfg.seed, cfg.batch_size
-        self.share = cfg.batch_size // world
-        self.first = step * cfg.batch_size + rank * self.share
+        self.total, self.seed, self.share = n * (2 if cfg.mirror else 1), cfg.seed, cfg.batch_size // world
+        self.starts = range(step * cfg.batch_size + rank * self.share, sys.maxsize, cfg.batch_size)
     def __iter__(self):
         order = functools.lru_cache(1)(lambda epoch: np.random.default_rng([self.seed, epoch]).permutation(self.total))
-        first = self.first
-        while True:
-            yield [int(order(k // self.total)[k % self.total]) for k in range(first, first + self.share)]
-            first += self.batch
+        for start in self.starts:
+            yield [int(order(k // self.total)[k % self.total]) for k in range(start, start + self.share)]
 
 # ---- Ops: equalised layers (StyleGAN2, Karras et al. 2020), FIR resampling, tri-plane lookup -------------------------
 def normalize_2nd_moment(x):
     return x * (x.square().mean(dim=1, keepdim=True) + 1e-8).rsqrt()
-def leaky_relu(x):
-    return F.leaky_relu(x, 0.2)
 
-# Leaky ReLU comes with a gain of sqrt(2), which keeps the variance. It commutes with the activation, so layers put it
-# into their weights, where it costs nothing.
+# Leaky ReLU's gain of sqrt(2) keeps the variance. It commutes with the activation: put into the weights, it is free.
+leaky_relu = functools.partial(F.leaky_relu, negative_slope=0.2)
 GAIN = {leaky_relu: math.sqrt(2), F.softplus: 1.0, None: 1.0}
 
 class Linear(nn.Module):
@@ -497,48 +474,46 @@ class Conv2d(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
         self.activation, self.down, self.gain = activation, down, gain * GAIN[activation]
     def forward(self, x):
-        padding = self.weight.shape[2] // 2
-        if self.down == 2:  # the FIR's own padding, and then the convolution's
-            x, padding = fir_filter(x, padding + 1), 0
+        padding, stride = self.weight.shape[2] // 2, self.down
+        if self.down == 2:  # the FIR's own padding, and then the convolution's; a 1x1 one reads every other pixel alone
+            x, padding, stride = (fir_filter(x, padding + 1), 0, 2) if padding else (fir_filter(x, 1, stride=2), 0, 1)
         weight = (self.weight * (self.gain / math.sqrt(self.weight[0].numel()))).to(x.dtype)
         bias = None if self.bias is None else (self.bias * self.gain).to(x.dtype)
-        x = F.conv2d(x, weight, bias, stride=self.down, padding=padding)
+        x = F.conv2d(x, weight, bias, stride, padding)
         return self.activation(x) if self.activation else x
 
-def fir_filter(x, padding, gain=1.0):
+def fir_filter(x, padding, gain=1.0, stride=1):
     """Low-pass with the separable filter [1, 3, 3, 1] / 8, zero padding. (B, C, H, W) -> (B, C, H+2p-3, W+2p-3)"""
     f = x.new_tensor([1.0, 3.0, 3.0, 1.0]) * (math.sqrt(gain) / 8)
-    kernel = (f[:, None] * f).expand(x.shape[1], 1, 4, 4)
-    return F.conv2d(x, kernel, padding=padding, groups=x.shape[1])
+    return F.conv2d(x, (f[:, None] * f).expand(x.shape[1], 1, 4, 4), None, stride, padding, groups=x.shape[1])
 
 def upsample(x):
-    """Factor 2: zeros between the pixels, then the FIR with gain 4, in one polyphase step: each output pixel is 3/4 of
-    its nearest input pixel and 1/4 of the next one, in both directions. (B, C, H, W) -> (B, C, 2H, 2W)"""
+    """Factor 2: zeros between pixels, then the FIR with gain 4, as one polyphase step: an output pixel is 3/4 of its
+    nearest input pixel and 1/4 of the next one, in both directions. (B, C, H, W) -> (B, C, 2H, 2W)"""
     for dim in (2, 3):
-        n, zero = x.shape[dim], torch.zeros_like(x.narrow(dim, 0, 1))
-        before, after = torch.cat([zero, x.narrow(dim, 0, n - 1)], dim), torch.cat([x.narrow(dim, 1, n - 1), zero], dim)
-        x = torch.stack([0.75 * x + 0.25 * before, 0.75 * x + 0.25 * after], dim + 1).flatten(dim, dim + 1)
+        padded = F.pad(x, (0, 0) * (3 - dim) + (1, 1))
+        x = torch.stack([x.lerp(padded.narrow(dim, k, x.shape[dim]), 0.25) for k in (0, 2)], dim + 1)
+        x = x.flatten(dim, dim + 1)
     return x
 
 def sample_triplane(planes, points, box):
-    """Mean of the three bilinear lookups (EG3D, Chan et al. 2022, section 4).
-    planes (B, 3, C, T, T), points (B, N, 3) in world units, box: half size of the box the planes span -> (B, N, C).
-    Planes are (x, y), (x, z), (y, z): the first indexes the width, the second the height. Outside: zero."""
-    B, _, C, T, _ = planes.shape
-    uv = torch.stack([points[..., :2], points[..., ::2], points[..., 1:]], 1) / box   # (B, 3, N, 2)
-    features = F.grid_sample(planes.reshape(B * 3, C, T, T), uv.reshape(B * 3, 1, -1, 2), align_corners=True)
-    return features.reshape(B, 3, C, -1).mean(dim=1).transpose(1, 2)                 # (B, N, C)
+    """Mean of the bilinear lookups in planes xy, xz, yz (width, then height); EG3D, Chan et al. 2022, section 4.
+    planes (B, 3, C, T, T), zero outside; points (B, N, 3) in world units; box: half size of the planes -> (B, N, C)"""
+    uv = torch.stack([points[..., :2], points[..., ::2], points[..., 1:]], 1).flatten(0, 1) / box           # (3B, N, 2)
+    features = F.grid_sample(planes.flatten(0, 1), uv[:, None], "bilinear", "zeros", align_corners=True)  # 3B, C, 1, N
+    return features.unflatten(0, (-1, 3)).mean(1).squeeze(2).transpose(1, 2)          # (B, N, C)
 
 # The same in one pass, with or without the decoder behind it: custom_ops.cu, compiled when it is first used. A custom
 # operator and no autograd.Function: torch.compile then knows its shapes and leaves it alone.
-
 @functools.cache
 def custom_ops(device_type):
-    """A function that calls custom_ops.cu on "cuda" or "cpu"; None, and one line that says why, without it. A build is
-    renamed when complete; its name tells source, target and flags: any number of processes may start at once."""
+    """A function that calls custom_ops.cu on "cuda" or "cpu"; without it None, and one line that says why. It compiles
+    once, into TORCH_EXTENSIONS_DIR or PyTorch's own place: a build is renamed when it is complete and its name tells
+    source, target and flags, so any number of processes may start at once."""
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)   # it warns of machines without a GPU
     from torch.utils import cpp_extension
-    source, cuda, speaks = Path(__file__).with_name("custom_ops.cu"), device_type == "cuda", distributed()[2] == 0
+    source, cuda = Path(__file__).with_name("custom_ops.cu"), device_type == "cuda"
+    say = functools.partial(print, file=sys.stderr, flush=True) if distributed()[2] == 0 else lambda *_, **__: None
     try:
         if cuda:
             target = "sm_%d%d" % torch.cuda.get_device_capability()
@@ -547,106 +522,93 @@ def custom_ops(device_type):
             target = torch.backends.cpu.get_cpu_capability()
             flags = ("-x c++ -O3 -fopenmp -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math "
                      + dict(AVX2="-mavx2 -mfma", AVX512="-mavx512f -mavx512vl -mfma").get(target, "")).split()
+        options = dict(extra_cuda_cflags=flags) if cuda else dict(extra_cflags=flags, extra_ldflags=["-fopenmp"])
         key = repr((source.read_bytes(), flags, torch.version.cuda, platform.machine()))
         root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
-        name = f"3dgp-triplane-{target}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-        library = root / f"{name}.so"
+        library = root / f"3dgp-triplane-{target}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
         if not library.exists():
-            if speaks:
-                print(f"compiling custom_ops.cu for {target}, once:", end=" ", file=sys.stderr, flush=True)
+            say(f"compiling custom_ops.cu for {target}, once:", end=" ")
             start = time.time()
             root.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=root, ignore_cleanup_errors=True) as build:
-                cpp_extension.load(name, [str(source)], build_directory=build, with_cuda=cuda, is_python_module=False,
-                                   extra_cflags=None if cuda else flags, extra_cuda_cflags=flags if cuda else None,
-                                   extra_ldflags=None if cuda else ["-fopenmp"])
-                os.replace(Path(build) / library.name, library)
-            if speaks:
-                print(f"{time.time() - start:.0f} s", file=sys.stderr)
-        function = ctypes.CDLL(str(library)).triplane
-        function.restype = ctypes.c_char_p
+                cpp_extension.load(library.stem, [str(source)], build_directory=build, with_cuda=cuda,
+                                   is_python_module=False, **options)
+                os.replace(Path(build, library.name), library)
+            say(f"{time.time() - start:.0f} s")
+        proto = ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_int, *[ctypes.c_void_p] * 2, ctypes.c_double, ctypes.c_int64)
+        function = proto(("triplane", ctypes.CDLL(str(library))))
         def call(dtype, size, pointers, box, context):
-            size, pointers = (ctypes.c_int64 * 8)(*size), (ctypes.c_void_p * 8)(*pointers)
-            if error := function(dtype, size, pointers, ctypes.c_double(box), ctypes.c_int64(context)):
+            error = function(dtype, (ctypes.c_int64 * 8)(*size), (ctypes.c_void_p * 8)(*pointers), box, context)
+            if error:
                 raise RuntimeError(f"custom_ops.cu: {error.decode()}")
         x = torch.zeros(4, device=device_type)   # try it: a driver may be too old for what compiles
         call(0, [1] * 8, [x.data_ptr(), x.data_ptr(), None, x.data_ptr()], 1, 0 if cuda else 1)
         return call
     except Exception as e:  # no compiler, no ninja, nowhere to write, a build that fails: the plain path does as well
-        lines = str(e).splitlines() or [type(e).__name__]
-        reason = next((x for x in lines if "error:" in x or "not found" in x), lines[0])
-        if speaks:
-            print(f"custom_ops.cu is not used but PyTorch itself, with the same results: {reason}", file=sys.stderr)
-        return None
+        reason = max(str(e).splitlines() or [type(e).__name__], key=lambda x: "error:" in x or "not found" in x)
+        say(f"custom_ops.cu is not used but PyTorch's own operators, with the same results: {reason}")
 
 @torch.compiler.assume_constant_result
 def has_custom_ops(device_type):
     return device_type in ("cpu", "cuda") and custom_ops(device_type) is not None
 
 def call_custom_ops(planes, points, box, decoder, *rest):
-    """rest: out, grad, grad_planes, grad_points, grad_decoder, or the first of them."""
-    (B, three, C, T, width), N, dtypes = planes.shape, points.shape[1], [torch.float32, torch.bfloat16, torch.float64]
-    real = torch.float64 if planes.dtype == torch.float64 else torch.float32
+    """rest: out, grad, grad_planes, grad_points, grad_decoder, or the first of them; empty: none."""
+    (B, three, C, T, width), N = planes.shape, points.shape[1]
+    dtypes, real = [torch.float32, torch.bfloat16, torch.float64], torch.promote_types(planes.dtype, torch.float32)
     if not has_custom_ops(planes.device.type):
         raise RuntimeError("triplane: custom_ops.cu does not compile here; use sample_triplane")
     padded = 16 if C <= 16 and not planes.is_cuda else 32                             # as in TriplaneDecoder.packed
     if not (planes.dtype in dtypes and three == 3 and T == width and points.shape == (B, N, 3)
             and (len(decoder) == 0 or C <= 32 and len(decoder) == (padded + 5) * 64 + 4) and all(
-            t is None or t.dtype == real and t.device == planes.device for t in (points, decoder, *rest))):
+            t.dtype == real and t.device == planes.device for t in (points, decoder, *rest))):
         raise ValueError("triplane: needs planes (B, 3, C, T, T), points (B, N, 3), a decoder, empty or packed (C at "
                          "most 32), on one device; planes float32 or bfloat16, the others float32; or all float64")
-    size = [B, N, C, T, *(planes.stride(i) for i in (0, 1, 3, 4))]
-    pointers = [None if t is None or t.numel() == 0 else t.data_ptr() for t in (planes, points, decoder, *rest)]
-    with torch.cuda.device(planes.device) if planes.is_cuda else contextlib.nullcontext():
+    planes = planes if planes.stride(2) == 1 else channels_last(planes)
+    tensors = [planes, *(t.contiguous() for t in (points, decoder, *rest))]
+    size, pointers = [B, N, C, T, *(planes.stride(i) for i in (0, 1, 3, 4))], [t.data_ptr() for t in tensors]
+    with torch.cuda.device_of(planes):   # does nothing on a CPU
         context = torch.cuda.current_stream().cuda_stream if planes.is_cuda else torch.get_num_threads()
         custom_ops(planes.device.type)(dtypes.index(planes.dtype), size, pointers, box, context)
 
 def channels_last(planes):
     """(B, 3, C, T, T) as before, with the channels of a pixel adjacent in memory."""
-    return planes.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+    return planes.movedim(2, 4).contiguous().movedim(4, 2)
 
 @torch.library.custom_op("threedgp::triplane", mutates_args=())
 def triplane(planes: torch.Tensor, points: torch.Tensor, box: float, decoder: torch.Tensor) -> torch.Tensor:
     """`sample_triplane`, or with `TriplaneDecoder.packed()` for a decoder what that makes of the features: (B, N, 4).
     Planes may be float32 or bfloat16, and float64 on a CPU; fast if their channels are adjacent (`channels_last`).
     Points and decoder are float32 (float64 with float64). An empty decoder is none. Gradients to all three."""
-    planes = planes if planes.stride(2) == 1 else channels_last(planes)
     out = points.new_empty(*points.shape[:2], 4 if len(decoder) else planes.shape[2])
-    call_custom_ops(planes, points.contiguous(), box, decoder.contiguous(), out)
+    call_custom_ops(planes, points, box, decoder, out)
     return out
 
 @torch.library.custom_op("threedgp::triplane_backward", mutates_args=())
 def triplane_backward(planes: torch.Tensor, points: torch.Tensor, box: float, decoder: torch.Tensor, grad: torch.Tensor
                       ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if grad.is_cuda and torch.are_deterministic_algorithms_enabled():
-        message = ("the gradient of the tri-plane lookup is not deterministic on a GPU: it is summed in varying order. "
-                   "Train on a CPU, or allow it: torch.use_deterministic_algorithms(True, warn_only=True)")
+        message = "tri-plane gradients are not deterministic on a GPU: train on a CPU, or allow them by warn_only=True"
         if not torch.is_deterministic_algorithms_warn_only_enabled():
             raise RuntimeError(message)
         warnings.warn(message)
-    planes = planes if planes.stride(2) == 1 else channels_last(planes)
-    points, decoder, grad = points.contiguous(), decoder.contiguous(), grad.contiguous()
-    grad_planes = points.new_zeros(planes.permute(0, 1, 3, 4, 2).shape)                # (B, 3, T, T, C)
-    grad_points, grad_decoder = torch.zeros_like(points), torch.zeros_like(decoder)
-    call_custom_ops(planes, points, box, decoder, None, grad, grad_planes, grad_points, grad_decoder)
+    grads = [points.new_zeros(t.shape) for t in (planes.movedim(2, 4), points, decoder)]
+    call_custom_ops(planes, points, box, decoder, points.new_empty(0), grad, *grads)
     if len(decoder):
-        grad_decoder[-4:] = grad.sum((0, 1))
-    return grad_planes.permute(0, 1, 4, 2, 3).to(planes.dtype), grad_points, grad_decoder
-
-@triplane.register_fake
-def _(planes, points, box, decoder):
-    return points.new_empty(*points.shape[:2], 4 if len(decoder) else planes.shape[2])
-@triplane_backward.register_fake
-def _(planes, points, box, decoder, grad):
-    return channels_last(torch.empty_like(planes)), points.new_empty(points.shape), decoder.new_empty(decoder.shape)
+        grads[2][-4:] = grad.contiguous().sum((0, 1))
+    return grads[0].movedim(4, 2).to(planes.dtype), grads[1], grads[2]
 def triplane_context(ctx, inputs, output):
     planes, points, ctx.box, decoder = inputs
     ctx.save_for_backward(planes, points, decoder)
 def triplane_autograd(ctx, grad):
     planes, points, decoder = ctx.saved_tensors
     grads = triplane_backward(planes, points, ctx.box, decoder, grad)
-    return *grads[:2], None, grads[2]
+    return grads[0], grads[1], None, grads[2]
 
+triplane.register_fake(lambda planes, points, box, decoder: points.new_empty(
+    *points.shape[:2], 4 if len(decoder) else planes.shape[2]))
+triplane_backward.register_fake(lambda planes, points, box, decoder, grad: (
+    channels_last(torch.empty_like(planes)), points.new_empty(points.shape), decoder.new_empty(decoder.shape)))
 triplane.register_autograd(triplane_autograd, setup_context=triplane_context)
 
 # ---- Camera ("ball in sphere", paper section 3.2), camera generator and its regularisers, patches --------------------
@@ -680,11 +642,11 @@ def sample_camera_prior(cfg, n, device):
     low, high = camera_ranges(cfg, device).unbind(1)
     p = low + (high - low) * torch.rand(n, 6, device=device)
     p[:, 4] = torch.arccos(1 - 2 * (p[:, 4] / math.pi).clamp(1e-6, 1 - 1e-6))
-    return Camera(*p[:, :3].unbind(1), torch.ones(n, device=device), p[:, 3:])
+    return Camera(p[:, 0], p[:, 1], p[:, 2], torch.ones(n, device=device), p[:, 3:])
 def frontal_camera(cfg, n, device):
     """n cameras in the middle of the prior, looking at the origin."""
-    mid = camera_ranges(cfg, device).mean(1).expand(n, 6)
-    return Camera(*mid[:, :3].unbind(1), torch.ones(n, device=device), mid[:, 3:] * mid.new_tensor([1, 1, 0]))
+    p = F.pad(camera_ranges(cfg, device)[:5].mean(1), (0, 1)).repeat(n, 1)            # radius 0 for the look-at point
+    return Camera(p[:, 0], p[:, 1], p[:, 2], torch.ones(n, device=device), p[:, 3:])
 def spherical_to_cartesian(yaw, pitch, radius):
     """(B,) each -> (B, 3). y is up; yaw 0 lies on +z."""
     return torch.stack([radius * pitch.sin() * (-yaw).sin(), radius * pitch.cos(), radius * pitch.sin() * yaw.cos()], 1)
@@ -693,7 +655,7 @@ def cam2world(camera):
     """Camera-to-world matrices; the camera looks along its own -z, x is right, y is up. -> (B, 4, 4)"""
     origin = spherical_to_cartesian(camera.yaw, camera.pitch, camera.radius)          # (B, 3)
     forward = F.normalize(spherical_to_cartesian(*camera.look_at.unbind(1)) - origin, dim=1)
-    left = F.normalize(torch.linalg.cross(origin.new_tensor([0.0, 1.0, 0.0]).expand_as(forward), forward), dim=1)
+    left = F.normalize(torch.linalg.cross(origin.new_tensor([[0.0, 1.0, 0.0]]), forward), dim=1)
     up = F.normalize(torch.linalg.cross(forward, left), dim=1)
     top = torch.stack([-left, up, -forward, origin], dim=2)                           # (B, 3, 4)
     return torch.cat([top, origin.new_tensor([0.0, 0.0, 0.0, 1.0]).expand(len(origin), 1, 4)], dim=1)
@@ -717,40 +679,32 @@ class CameraAdaptor(nn.Module):
     """One MLP of the camera generator: parameters, embeddings of z and class -> new parameters before the sigmoid."""
     def __init__(self, in_features, z_dim, num_classes, out_features, lr_mult):
         super().__init__()
-        layer = lambda i, o, activation=F.softplus: Linear(i, o, activation, lr_mult)
-        self.project_params = layer(in_features, 256)
-        self.project_z = layer(z_dim, 16) if z_dim else None
-        self.project_c = layer(num_classes, 16) if num_classes else None
-        width = 256 + 16 * bool(z_dim) + 16 * bool(num_classes)
-        self.main = nn.Sequential(layer(width, 256), layer(256, out_features, None))
+        fc = lambda i, o, activation=F.softplus: Linear(i, o, activation, lr_mult)
+        self.project_params = fc(in_features, 256)
+        self.project_z = fc(z_dim, 16) if z_dim else None
+        self.project_c = fc(num_classes, 16) if num_classes else None
+        self.main = nn.Sequential(fc(256 + 16 * (bool(z_dim) + bool(num_classes)), 256), fc(256, out_features, None))
     def forward(self, params, z, c):  # (B, in), (B, z_dim), (B, num_classes) -> (B, out)
-        x = [self.project_params(params)]
-        if self.project_z is not None:
-            x.append(normalize_2nd_moment(self.project_z(z)))
-        if self.project_c is not None:
-            x.append(normalize_2nd_moment(self.project_c(c)))
-        return self.main(torch.cat(x, 1))
+        extra = [normalize_2nd_moment(f(x)) for f, x in ((self.project_z, z), (self.project_c, c)) if f is not None]
+        return self.main(torch.cat([self.project_params(params), *extra], 1))
 
 class CameraGenerator(nn.Module):
     """Maps a prior camera to a posterior one (paper section 3.2). The origin sees the class, the look-at also z."""
     def __init__(self, cfg):
         super().__init__()
-        self.num_classes = cfg.num_classes
+        self.num_classes, self.pitch = cfg.num_classes, (cfg.prior_pitch[0] + 1e-5, cfg.prior_pitch[1] - 1e-5)
         self.register_buffer("ranges", camera_ranges(cfg), persistent=False)
         self.origin_adaptor = CameraAdaptor(4, 0, cfg.num_classes, 4, cfg.camera_lr_mult)
         self.look_at_adaptor = CameraAdaptor(8, cfg.z_dim, cfg.num_classes, 4, cfg.camera_lr_mult)
-    def forward(self, prior, z, c):
-        """prior: a Camera of B; z (B, z_dim); c int64 (B,) -> the posterior Camera, every parameter in its range."""
+    def forward(self, prior, z, c):  # Camera of B, (B, z_dim), int64 (B,) -> Camera with every parameter in its range
         low, high = self.ranges.unbind(1)
         c = F.one_hot(c, self.num_classes).to(z.dtype) if self.num_classes else None
         p = (camera_parameters(prior) - low) / (high - low)                           # (B, 6) in [0, 1]
-        roll = torch.zeros_like(p[:, 0])
         # yaw, pitch, roll, radius: the second network sees them before the sigmoid, then the last two are dropped
-        origin = self.origin_adaptor(torch.stack([p[:, 0], p[:, 1], roll, prior.radius], 1), None, c)
+        origin = self.origin_adaptor(torch.stack([p[:, 0], p[:, 1], p.new_zeros(len(p)), prior.radius], 1), None, c)
         look_at = self.look_at_adaptor(torch.cat([origin[:, :3], p[:, 2:3], origin[:, 3:], p[:, 3:]], 1), z, c)
         q = torch.cat([origin[:, :2], look_at], 1).sigmoid() * (high - low) + low     # (B, 6)
-        pitch = q[:, 1].clamp(float(low[1]) + 1e-5, float(high[1]) - 1e-5)
-        return Camera(q[:, 0], pitch, q[:, 2], prior.radius, q[:, 3:])
+        return Camera(q[:, 0], q[:, 1].clamp(*self.pitch), q[:, 2], prior.radius, q[:, 3:])
 
 def emd_1d(a, b):
     """Squared-cost optimal transport between equal numbers of scalars: in 1-D, sort both. a, b (n, ...) -> (...)"""
@@ -768,10 +722,8 @@ def camera_gradient_penalty(camera_generator, prior, z, c):
 
 def sample_patch(cfg, n, kimg):
     """n random patches; every MBSTD_GROUP consecutive ones are the same. Scale ~ s_min + (1 - s_min) Beta(1, b)."""
-    groups, smallest = -(-n // MBSTD_GROUP), cfg.patch_resolution / cfg.resolution
-    v = torch.rand(groups, dtype=torch.float64)
-    beta = 1 - v ** (1 / schedules(cfg, kimg)["patch_beta"])   # the inverse of Beta(1, b)'s distribution function
-    scale = smallest + (1 - smallest) * beta
+    groups, s_min, b = -(-n // MBSTD_GROUP), cfg.patch_resolution / cfg.resolution, schedules(cfg, kimg)["patch_beta"]
+    scale = s_min + (1 - s_min) * (1 - torch.rand(groups, dtype=torch.float64) ** (1 / b))    # Beta(1, b) by inversion
     offset = torch.rand(groups, 2, dtype=torch.float64) * (1 - scale[:, None])
     return Patch(*(x.float().repeat_interleave(MBSTD_GROUP, 0)[:n] for x in (scale, offset)))
 
@@ -784,36 +736,30 @@ def extract_patch(image, patch, resolution):
 def stratified_depths(near, far, shape, samples, random, device):
     """Depths of the coarse samples: one in each interval between midpoints of an even grid. -> (*shape, S)"""
     grid = torch.linspace(near, far, samples, device=device)
-    mid = (grid[1:] + grid[:-1]) / 2
-    low, high = torch.cat([grid[:1], mid]), torch.cat([mid, grid[-1:]])
+    edges = torch.cat([grid[:1], (grid[1:] + grid[:-1]) / 2, grid[-1:]])              # (S+1,)
     u = torch.rand(*shape, samples, device=device) if random else torch.full((*shape, samples), 0.5, device=device)
-    return low + (high - low) * u
+    return edges[:-1] + edges.diff() * u
 
+@torch.no_grad()
 def importance_depths(depths, weights, u):
-    """Invert the piecewise constant distribution of the coarse weights. No gradient.
-    depths (..., S) sorted, weights (..., S), u (..., K) in [0, 1] -> (..., K). Bins are the midpoints of `depths`."""
-    with torch.no_grad():
-        bins = (depths[..., 1:] + depths[..., :-1]) / 2                               # (..., S-1)
-        pdf = weights[..., 1:-1] + 1e-5 + 1e-5                                        # (..., S-2)
-        cdf = (pdf / pdf.sum(-1, keepdim=True)).cumsum(-1)
-        cdf = torch.cat([torch.zeros_like(cdf[..., :1]), cdf], -1)                    # (..., S-1)
-        above = torch.searchsorted(cdf, u.contiguous(), right=True)
-        below, above = (above - 1).clamp(min=0), above.clamp(max=cdf.shape[-1] - 1)
-        c0, c1 = cdf.gather(-1, below), cdf.gather(-1, above)
-        b0, b1 = bins.gather(-1, below), bins.gather(-1, above)
-        width = torch.where(c1 - c0 < 1e-5, torch.ones_like(c0), c1 - c0)
-        return b0 + (u - c0) / width * (b1 - b0)
+    """Invert the piecewise constant distribution of the coarse weights between midpoints of `depths`. No gradient.
+    depths (..., S) sorted, weights (..., S), u (..., K) in [0, 1] -> (..., K)"""
+    bins = (depths[..., 1:] + depths[..., :-1]) / 2                                   # (..., S-1)
+    pdf = weights[..., 1:-1] + 1e-5 + 1e-5                                            # (..., S-2)
+    cdf = F.pad((pdf / pdf.sum(-1, keepdim=True)).cumsum(-1), (1, 0))                 # (..., S-1)
+    above = torch.searchsorted(cdf, u.contiguous(), right=True)
+    below, above = (above - 1).clamp(min=0), above.clamp(max=cdf.shape[-1] - 1)
+    (b0, b1), (c0, c1) = ([x.gather(-1, i) for i in (below, above)] for x in (bins, cdf))
+    return b0 + (u - c0) / torch.where(c1 - c0 < 1e-5, 1.0, c1 - c0) * (b1 - b0)
 
 def ray_weights(sigma_raw, depths, density_scale=1.0):
     """alpha_i = 1 - exp(-delta_i softplus(sigma_i)); weight = alpha x transmittance. (..., S), (..., S) -> (..., S)"""
-    delta = torch.cat([depths[..., 1:] - depths[..., :-1], torch.full_like(depths[..., :1], 1e10)], -1)
+    delta = F.pad(depths.diff(dim=-1), (0, 1), value=1e10)
     alpha = 1 - torch.exp(-density_scale * delta * F.softplus(sigma_raw))
-    transmittance = torch.cumprod(torch.cat([torch.ones_like(alpha[..., :1]), 1 - alpha[..., :-1] + 1e-10], -1), -1)
-    return alpha * transmittance
+    return alpha * F.pad(1 - alpha[..., :-1] + 1e-10, (1, 0), value=1.0).cumprod(-1)
 
 def march_rays(rgb, sigma_raw, depths):
-    """Composite along rays. rgb (..., S, 3), sigma_raw (..., S) before the softplus, depths (..., S) sorted
-    -> rgb (..., 3), depth (...), weights (..., S)"""
+    """Composite rgb (..., S, 3) by sigma_raw, sorted depths (..., S) -> rgb (..., 3), depth (...), weights (..., S)"""
     weights = ray_weights(sigma_raw, depths)
     return (weights[..., None] * rgb).sum(-2), (weights * depths).sum(-1), weights
 
@@ -834,12 +780,11 @@ class TriplaneDecoder(nn.Module):
 def query_triplane(planes, points, box, decoder, fused):
     """Colour and density at points: `decoder(sample_triplane(planes, points, box))`, fused or not.
     planes (B, 3, C, T, T), points (B, N, 3) in world units -> rgb (B, N, 3), sigma_raw (B, N)"""
-    if not fused:
-        return decoder(sample_triplane(planes, points, box))
-    if planes.shape[2] > 32:
-        return decoder(triplane(planes, points, box, points.new_empty(0)))
-    out = triplane(planes, points, box, decoder.packed())
-    return out[..., :3], out[..., 3]
+    query = planes, points, box
+    if fused and planes.shape[2] <= 32:
+        out = triplane(*query, decoder.packed())
+        return out[..., :3], out[..., 3]
+    return decoder(triplane(*query, points.new_empty(0)) if fused else sample_triplane(*query))
 
 # ---- Generator: mapping, StyleGAN2 backbone, depth adaptor (paper sections 3.1 and 3.3) ------------------------------
 class MappingNetwork(nn.Module):
@@ -944,10 +889,16 @@ class DepthAdaptor(nn.Module):
         for layer in self.layers:
             x.append(layer(x[-1]))
         return torch.stack([x[0], *map(self.head, x[1:])])
-    def forward(self, depth, choice):  # (B, 1, H, W), each sample's candidate int64 (B,) -> (B, 1, H, W)
-        return self.candidates(depth)[choice, torch.arange(len(choice), device=choice.device)]
-
-def sample_adaptor_choice(cfg, n, kimg, device):
+    def forward(self, depth, choice):
+        """depth (B, 1, H, W), each sample's candidate int64 (B,) on the CPU -> (B, 1, H, W). A layer sees only the
+        samples that go on to it: on average half of the work of `candidates`."""
+        x, left, out, order = self.normalize(depth), torch.arange(len(choice)), [], []
+        for level, layer in enumerate([*self.layers, None]):
+            ends = choice[left] == level
+            out, order = [*out, self.head(x[ends]) if level else x[ends]], [*order, left[ends]]
+            x, left = (layer(x[~ends]), left[~ends]) if layer else (None, None)
+        return torch.cat(out)[torch.cat(order).argsort()]
+def sample_adaptor_choice(cfg, n, kimg):
     """Which candidate each of n training samples takes. -> int64 (n,)"""
     if cfg.depth_adaptor == "random":  # linear in the index, and the first one's share is p
         p = schedules(cfg, kimg)["raw_depth_share"]
@@ -955,7 +906,7 @@ def sample_adaptor_choice(cfg, n, kimg, device):
     else:
         share = {"never": 0.0, "half": 0.5, "always": 1.0}[cfg.depth_adaptor]
         probabilities = torch.tensor([1 - share, 0, 0, share])
-    return torch.multinomial(probabilities, n, replacement=True).to(device)
+    return torch.multinomial(probabilities, n, replacement=True)
 def evaluation_level(cfg):
     """The candidate that is looked at outside training: the last, unless that is never trained."""
     return 0 if cfg.depth_adaptor == "never" else 3
@@ -1124,21 +1075,18 @@ class Teacher(nn.Module):
         if not timm.is_model(name):
             raise UserError(f"{flag} {name}: timm has no model of that name; see timm.list_models()")
         given, kind = (f"{flag} timm:{name}:", {}) if head else (f"{flag}-weights ", dict(num_classes=0))
+        try:
+            self.model = timm.create_model(name, pretrained=not weights, **kind)
+        except Exception as e:  # timm and the hub raise many kinds
+            raise UserError(f"{flag} {name}: its weights could not be downloaded ({type(e).__name__}); give a local "
+                            f"file by {given}FILE") from None
         if weights:
-            self.model = timm.create_model(name, pretrained=False, **kind)
             own, state = self.model.state_dict(), load_tensors(weights, given.rstrip())
             state = state if isinstance(state, dict) else {}
-            wrong = [k for k in own if getattr(state.get(k), "shape", None) != own[k].shape]
-            if wrong:
+            if wrong := [k for k in own if getattr(state.get(k), "shape", None) != own[k].shape]:
                 raise UserError(f"{given}{weights}: not weights of {name}: {len(wrong)} parameters are missing or of "
                                 f"another shape, the first is {wrong[0]}")
             self.model.load_state_dict({k: state[k] for k in own})
-        else:
-            try:
-                self.model = timm.create_model(name, pretrained=True, **kind)
-            except Exception as e:  # timm and the hub raise many kinds
-                raise UserError(f"{flag} {name}: its weights could not be downloaded ({type(e).__name__}); give a "
-                                f"local file by {given}FILE") from None
         self.eval().requires_grad_(False)
         data = timm.data.resolve_model_data_config(self.model)
         self.size = data["input_size"][-1]
@@ -1157,19 +1105,16 @@ def blur(image, sigma):
     if 3 * sigma < 1:
         return image
     radius = math.floor(3 * sigma)
-    x = torch.arange(-radius, radius + 1, device=image.device)
-    taps = (2.0 ** -(x / sigma).square()).to(image.dtype)
+    taps = (2.0 ** -(torch.arange(-radius, radius + 1, device=image.device) / sigma).square()).to(image.dtype)
     taps = (taps / taps.sum()).expand(image.shape[1], 1, -1)
     image = F.conv2d(image, taps[:, :, None], padding=(0, radius), groups=image.shape[1])
     return F.conv2d(image, taps[:, :, :, None], padding=(radius, 0), groups=image.shape[1])
-
 def r1_penalty(score, image):
     """Squared norm of the score's gradient with respect to the image (Mescheder et al. 2018). -> (B,)"""
     return torch.autograd.grad(score.sum(), image, create_graph=True)[0].square().sum((1, 2, 3))
 def distillation_distance(predicted, target):
     """L2 distance of predicted and teacher features (paper section 3.4). (B, F), (B, F) -> (B,)"""
     return (predicted - target).norm(dim=1)
-
 def draw_latents(cfg, n, labels):
     """n draws of z ~ N(0, I), a class by the frequencies in the data's labels (N,), and a prior camera."""
     z = torch.randn(n, cfg.z_dim, device=labels.device)
@@ -1177,22 +1122,17 @@ def draw_latents(cfg, n, labels):
     return z, c, sample_camera_prior(cfg, n, z.device)
 
 def camera_regularizer(G, labels, kimg):
-    """What keeps the camera posterior from collapsing (paper section 3.2) -> loss, {name: (6,) or scalar} to log
-    256 samples measure the mean direction, the first 64 of them the spread."""
-    cfg, device = G.cfg, labels.device
-    z, c, prior = draw_latents(cfg, 256, labels)
-    posterior = G.camera_generator(prior, z, c)
-    center = (torch.stack([posterior.yaw, posterior.pitch], 1).mean(0) - camera_ranges(cfg, device)[:2].mean(1)).norm()
-    emd = camera_emd(rows(prior, 0, 64), rows(posterior, 0, 64))
-    spread = (camera_gradient_penalty(G.camera_generator, rows(prior, 0, 64), z[:64], c[:64])
-              if cfg.camera_reg == "grad" else emd)
-    yaw, pitch, fov, look_at = cfg.camera_reg_weights
-    weights = torch.tensor([yaw, pitch, fov, look_at, look_at, look_at], device=device)
-    if cfg.camera_reg == "emd" and cfg.camera_reg_units == "range":
-        weights = weights / camera_ranges(cfg, device).diff(dim=1)[:, 0].square()
-    loss = cfg.camera_center * center
-    if cfg.camera_reg != "none":
-        loss = loss + schedules(cfg, kimg)["camera_reg_weight"] * (weights * spread).sum()
+    """What keeps the camera posterior from collapsing (paper section 3.2) -> loss, {name: (6,) or scalar} to log"""
+    cfg, ranges = G.cfg, camera_ranges(G.cfg, labels.device)
+    z, c, prior = draw_latents(cfg, 256, labels)    # all measure the mean direction, the first 64 of them the spread
+    posterior, few = G.camera_generator(prior, z, c), rows(prior, 0, 64)
+    center = (torch.stack([posterior.yaw, posterior.pitch], 1).mean(0) - ranges[:2].mean(1)).norm()
+    emd = camera_emd(few, rows(posterior, 0, 64))
+    spread = camera_gradient_penalty(G.camera_generator, few, z[:64], c[:64]) if cfg.camera_reg == "grad" else emd
+    weights = torch.tensor(cfg.camera_reg_weights, device=labels.device)[[0, 1, 2, 3, 3, 3]]     # the last: look-at
+    unit = ranges.diff(dim=1)[:, 0].square() if cfg.camera_reg == "emd" and cfg.camera_reg_units == "range" else 1
+    penalty = schedules(cfg, kimg)["camera_reg_weight"] * (weights / unit * spread).sum()
+    loss = cfg.camera_center * center + (0 if cfg.camera_reg == "none" else penalty)
     p = camera_parameters(posterior).detach()
     return loss, dict(camera_reg=loss.detach(), camera_center=center.detach(), camera_emd=emd.detach(),
                       camera_mean=p.mean(0), camera_std=p.std(0))
@@ -1222,8 +1162,7 @@ def kernel_distance(a, b, subsets=100, size=1000):
     return total / subsets
 
 def precision_recall(real, fake, k=3):
-    """Share of fakes (M, F) that lie among the reals (N, F), within a real's distance to its k-th neighbour, and the
-    reverse (Kynkaanniemi et al. 2019). -> precision, recall"""
+    """Share of fakes (M, F) as near to a real (N, F) as its k-th neighbour, and reverse (Kynkaanniemi et al. 2019)"""
     def covered(x, by):
         radius = torch.cat([torch.cdist(part, by).kthvalue(k + 1).values for part in by.split(1000)])   # 1st: itself
         return float(torch.cat([(torch.cdist(part, by) <= radius).any(1) for part in x.split(1000)]).double().mean())
@@ -1241,16 +1180,13 @@ def area8(image):
     return F.adaptive_avg_pool2d(image, 8).flatten(1)
 
 INCEPTION = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
-
 class Detector:
-    """What images are compared by. (B, 3 or 4, H, W) in [-1, 1] -> features (B, width) and class probabilities, if any,
-    side by side. name: "inception" (the field's TorchScript file, downloaded), such a file, "timm:NAME[:WEIGHTS]", or
-    "area8". label is "" for Inception: numbers of all others must carry it."""
+    """(B, 3 or 4, H, W) in [-1, 1] -> features (B, width), beside them class probabilities, if any. name: as --detector
+    (a file is TorchScript in the field's format). label is "" for Inception: numbers of all others must carry it."""
     def __init__(self, name, device):
         kind, _, rest = name.partition(":")
-        self.label, self.file, self.width = name, "", None
         if kind == "area8":
-            self.measure = lambda x: [area8(x)]
+            self.label, self.file, self.width, self.measure = name, "", None, lambda x: [area8(x)]
         elif kind == "timm":
             self.label, _, self.file = rest.partition(":")
             net = Teacher(self.label, self.file, "--detector", head=True).to(device)
@@ -1271,8 +1207,7 @@ class Detector:
                 what = f"cannot fetch {INCEPTION}" if name == "inception" else "not TorchScript in the field's format"
                 raise UserError(f"--detector {name}: {what} ({str(e).strip().splitlines()[0]}); give its file by "
                                 "--detector FILE, or another network by --detector timm:NAME[:WEIGHTS]") from None
-    def __call__(self, image):
-        return torch.cat([x.float() for x in self.measure(image)], 1)
+    __call__ = lambda self, image: torch.cat([x.float() for x in self.measure(image)], 1)
 
 def parse_metrics(text):
     """"fid50k,nfs256" -> [("fid", "50k", 50000), ("nfs", "256", 256)]. Below 10k, k is 1,024, as in the field."""
@@ -1295,10 +1230,13 @@ def open_detector(options, device):
 def share(n, rank, world):
     """Items of this process when n are dealt out; all get the same number, so that some wrap round."""
     return [i % n for i in range(rank, -(-n // world) * world, world)]
+def batches(items, cfg, rank, desc):
+    """Items, a tensor or a list, in parts that fit into memory, with a progress bar."""
+    n = max(1, min(16, 2 ** 18 // cfg.resolution ** 2))
+    return tqdm([items[i:i + n] for i in range(0, len(items), n)], desc, unit="batch", disable=rank > 0, leave=False)
 
 def collect(batches, n, keep, rank, world):
-    """Put together what all processes measured. `batches` yields (B, F) for the items of `share`.
-    -> the first `keep` rows (keep, F); mean (F,) and covariance (F, F) of all n in float64"""
+    """All processes' `batches` (B, F) of `share` -> first `keep` rows; mean (F,), covariance (F, F) of n in float64"""
     parts, total, i = [], 0, rank
     for x in batches:
         counts = torch.arange(i, i + world * len(x), world, device=x.device) < n     # not those that wrapped
@@ -1313,19 +1251,14 @@ def collect(batches, n, keep, rank, world):
     mean = total[0, 1:] / n
     return x[:keep], mean, (total[1:, 1:] - n * torch.outer(mean, mean)) / (n - 1)
 
-def batches(items, cfg, rank, desc):
-    """Items, a tensor or a list, in parts that fit into memory, with a progress bar."""
-    n = max(1, min(16, 2 ** 18 // cfg.resolution ** 2))
-    return tqdm([items[i:i + n] for i in range(0, len(items), n)], desc, unit="batch", disable=rank > 0, leave=False)
-
 def real_statistics(cfg, data, detector, device, reals, keep, rank, world):
     """`collect` of the data and its mirror image, or of `reals` of them; kept on disk."""
     total = len(data) * (2 if cfg.mirror else 1)
     n = min(reals or total, total)
     key = repr((data.fingerprint(), cfg.resolution, cfg.mirror, cfg.depth, detector.label, n, keep)).encode()
-    key = hashlib.sha256(key + (Path(detector.file).read_bytes() if detector.file else b"")).hexdigest()[:24]
-    path = Path(torch.hub.get_dir()) / "3dgp" / f"{key}.pt"
-    if not any_process(not path.exists(), device):
+    key += Path(detector.file).read_bytes() if detector.file else b""
+    path = Path(torch.hub.get_dir()) / "3dgp" / f"{hashlib.sha256(key).hexdigest()[:24]}.pt"
+    if not mean_over_processes(torch.tensor(float(not path.exists()), device=device)):      # all have it
         return [x.to(device) for x in load_tensors(path, "cached statistics")]
     order = np.random.default_rng(0).permutation(total)[share(n, rank, world)].tolist()
     loader = torch.utils.data.DataLoader(MirroredData(data), batch_sampler=batches(order, cfg, rank, "measuring data"),
@@ -1339,9 +1272,8 @@ def real_statistics(cfg, data, detector, device, reals, keep, rank, world):
 
 @torch.no_grad()
 def evaluate(G, data, labels, metrics, detector, reals, rank, world):
-    """Metrics of G (in evaluation mode), over all processes; draws are the same at every call, however many there are.
-    -> {name: number or list}. Only Inception's numbers are called fid, kid and is."""
-    cfg, device, wanted, level, out = G.cfg, labels.device, parse_metrics(metrics), evaluation_level(G.cfg), {}
+    """Metrics of G in evaluation mode; all calls draw the same on any number of processes. -> {name: number or list}"""
+    cfg, wanted, level, out = G.cfg, parse_metrics(metrics), evaluation_level(G.cfg), {}
     seed_draws(cfg.seed, -1, "evaluate", 0)
     z, c, prior = draw_latents(cfg, max(k for _, _, k in wanted), labels)
     def features(i):
@@ -1350,57 +1282,47 @@ def evaluate(G, data, labels, metrics, detector, reals, rank, world):
     def flatness(i):    # seen from the middle of the posterior, without thin fog
         _, depth = G.render(G.backbone(G.mapping(z[i], c[i])), mean_camera(G, c[i]), cfg.resolution, cut=True)
         return non_flatness_score(depth, cfg.near, cfg.far)[:, None]
-    def measure(what, n, desc):
-        items = batches(torch.tensor(share(n, rank, world), device=device), cfg, rank, desc)
-        return collect(map(what, items), n, n, rank, world)
+    measure = lambda f, n, desc: collect(map(f, batches(share(n, rank, world), cfg, rank, desc)), n, n, rank, world)
     if detector:
-        n = max(k for kind, _, k in wanted if kind != "nfs")
-        real, mean, cov = real_statistics(cfg, data, detector, device, reals, n, rank, world)
-        fake, width = measure(features, n, "measuring samples")[0], detector.width
+        n, w = max(k for kind, _, k in wanted if kind != "nfs"), slice(detector.width)
+        real, mean, cov = real_statistics(cfg, data, detector, labels.device, reals, n, rank, world)
+        fake = measure(features, n, "measuring samples")[0]
+    table = {"fid": lambda k: {"fid": frechet_distance((mean[w], cov[w, w]), gaussian(fake[:k, w]))},
+             "kid": lambda k: {"kid": kernel_distance(real[:k, w], fake[:k, w])},
+             "is": lambda k: {"is": inception_score(fake[:k, detector.width:])},
+             "pr": lambda k: dict(zip(("precision", "recall"), precision_recall(real[:k, w], fake[:k, w]))),
+             "nfs": lambda k: {"nfs": float(measure(flatness, k, "measuring depth")[1])}}
+    others = {"fid": "fd", "kid": "kd", "is": "score"}      # only Inception's numbers are called fid, kid and is
     for kind, count, k in wanted:
-        own = kind == "nfs" or not detector.label
-        name = lambda ours, theirs: f"{ours}{count}" if own else f"{theirs}{count}[{detector.label}]"
-        if kind == "fid":
-            out[name("fid", "fd")] = frechet_distance((mean[:width], cov[:width, :width]), gaussian(fake[:k, :width]))
-        elif kind == "kid":
-            out[name("kid", "kd")] = kernel_distance(real[:k, :width], fake[:k, :width])
-        elif kind == "pr":
-            both = precision_recall(real[:k, :width], fake[:k, :width])
-            out.update(zip((name("precision", "precision"), name("recall", "recall")), both))
-        elif kind == "is":
-            out[name("is", "score")] = inception_score(fake[:k, width:])
-        else:
-            out[f"nfs{count}"] = float(measure(flatness, k, "measuring depth")[1])
+        names, label = (others, f"[{detector.label}]") if kind != "nfs" and detector.label else ({}, "")
+        out.update({f"{names.get(name, name)}{count}{label}": value for name, value in table[kind](k).items()})
     return {**out, **evaluate_truth(G, data, labels)} if isinstance(data, ShapesData) else out
 
 @torch.no_grad()
 def evaluate_truth(G, data, labels, n=512):
-    """Where the truth is known, from n samples. -> {name: number or list}
-    camera_w1: distance of posterior and prior to the true cameras, per parameter. depth_error_render: mean absolute
-    difference, in world units, of rendered depth and the true depth of the image with the most similar colours
-    (depth_error_data: the same between images of the data). depth_error_raw, _adapted: of the true depth, as it is and
-    adapted, and the estimated one, pixel by pixel; depth_fd: Frechet distance of rendered and estimated depth."""
+    """Where the truth is known, of n samples. -> {name: number or list}. camera_w1: distance of posterior and prior to
+    the true cameras, per parameter. depth_error_render: mean absolute difference, in world units, of rendered depth and
+    the true depth of the image of most similar colours (_data: between images of the data); _raw, _adapted: of true
+    depth, as it is and adapted, and estimated, by pixel. depth_fd: Frechet distance of rendered and estimated depth."""
     seed_draws(G.cfg.seed, -1, "evaluate_truth", 0)
     z, c, prior = draw_latents(G.cfg, n, labels)
     def ordered(p):  # but for mean yaw and pitch, which are no property of the data: the scene can turn instead
         return torch.cat([p[:, :2] - p[:, :2].mean(0), p[:, 2:]], 1).sort(0).values
-    true, out, posterior = data.true_cameras(n).to(z.device), {}, G.pose(prior, z, c)
-    for name, p in (("posterior", camera_parameters(posterior)), ("prior", camera_parameters(prior))):
+    true, out, pose = data.true_cameras(n).to(z.device), {}, G.pose(prior, z, c)
+    for name, p in (("posterior", camera_parameters(pose)), ("prior", camera_parameters(prior))):
         out.update({f"camera_w1_{name}": (ordered(p) - ordered(true)).abs().mean(0).tolist(),
                     f"camera_mean_{name}": p.mean(0).tolist(), f"camera_std_{name}": p.std(0).tolist()})
     batch = collate([data[i] for i in range(n)])
     real, true = real_images(batch, z.device), batch["true_depth"].to(z.device)
-    views = [G.render(G.backbone(G.mapping(z[i], c[i])), rows(posterior, i), G.cfg.resolution)
-             for i in torch.arange(n, device=z.device).split(16)]
-    fake, depth = (torch.cat(x) for x in zip(*views))
+    fake, depth = map(torch.cat, zip(*(G.render(G.backbone(G.mapping(z[i], c[i])), rows(pose, i), G.cfg.resolution)
+                                       for i in torch.arange(n, device=z.device).split(16))))
     x, y = area8(real[:, :3]), area8(fake)
     out["depth_error_render"] = float((depth - true[torch.cdist(y, x).argmin(1)]).abs().mean())
     out["depth_error_data"] = float((true - true[torch.cdist(x, x).fill_diagonal_(math.inf).argmin(1)]).abs().mean())
-    if G.depth_adaptor is not None:
-        for name, level in (("raw", 0), ("adapted", evaluation_level(G.cfg))):
-            shown, rendered = (G.depth_adaptor.candidates(d)[level] for d in (true, depth))
-            out[f"depth_error_{name}"] = float((shown - real[:, 3:]).abs().mean())
-            out[f"depth_fd_{name}"] = frechet_distance(gaussian(area8(real[:, 3:])), gaussian(area8(rendered)))
+    for name, level in (("raw", 0), ("adapted", evaluation_level(G.cfg))) if G.depth_adaptor else ():
+        shown, rendered = (G.depth_adaptor.candidates(d)[level] for d in (true, depth))
+        out[f"depth_error_{name}"] = float((shown - real[:, 3:]).abs().mean())
+        out[f"depth_fd_{name}"] = frechet_distance(gaussian(area8(real[:, 3:])), gaussian(area8(rendered)))
     return out
 
 # ---- Training --------------------------------------------------------------------------------------------------------
@@ -1416,7 +1338,6 @@ def atomic(path):
         raise UserError(f"cannot write {path}: {reason}; what was there before is untouched") from None
     finally:
         tmp.unlink(missing_ok=True)
-
 def load_tensors(path, flag, **kind):
     """torch.load that runs no code, with one clear line when it fails."""
     try:
@@ -1424,30 +1345,34 @@ def load_tensors(path, flag, **kind):
     except Exception as e:  # a damaged or foreign file raises anything
         reason = f"not a readable file of tensors ({type(e).__name__})"
         raise UserError(f"{flag} {path}: {'no such file' if isinstance(e, FileNotFoundError) else reason}") from None
-
 def seed_draws(seed, step, phase, micro):
     """The draws that follow depend on these alone: resuming, or other processes of one batch_gpu, changes none."""
     entropy = [seed, step + 1, int.from_bytes(phase.encode(), "little"), micro]
     torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1))
-
 def mean_over_processes(t):
     """The mean of a tensor over all processes, in place."""
     if dist.is_initialized():
         dist.all_reduce(t)
         t /= dist.get_world_size()
     return t
-
-def average_gradients(module):
-    """Mean of the gradients over processes (none counts as 0), non-finite ones replaced. -> how many were not finite"""
+def start_average(module, extra):
+    """Begins to average a module's gradients (none counts as 0) and another tensor over processes, beside other work.
+    -> a function that ends it, replaces non-finite gradients, and returns how many there were, and the mean of extra"""
     params = [p for p in module.parameters() if p.requires_grad]
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-    flat = mean_over_processes(torch.cat([g.flatten() for g in grads]))
-    bad = (~flat.isfinite()).sum()
-    torch.nan_to_num(flat, nan=0.0, posinf=1e5, neginf=-1e5, out=flat)
-    for p, g in zip(params, flat.split([p.numel() for p in params])):
-        p.grad = g.view_as(p)
-    return bad
-
+    flat, world = torch.cat([t.flatten() for t in (*grads, extra)]), distributed()[1]
+    work = dist.all_reduce(flat, async_op=True) if dist.is_initialized() else None
+    def finish():
+        if work:
+            work.wait()
+            flat.div_(world)
+        bad = (~flat.isfinite()).sum()
+        torch.nan_to_num(flat, nan=0.0, posinf=1e5, neginf=-1e5, out=flat)
+        *means, last = flat.split([t.numel() for t in (*params, extra)])
+        for p, g in zip(params, means):
+            p.grad = g.view_as(p)
+        return bad, last
+    return finish
 class Averages:
     """Running means of what is logged, over steps and processes. Every process must add the same names."""
     def __init__(self):
@@ -1455,73 +1380,120 @@ class Averages:
     def add(self, **values):
         for name, v in values.items():
             self.values.setdefault(name, []).append(torch.as_tensor(v, dtype=torch.float32).detach())
+    def mark(self, phase):
+        """A phase of the step has ended, which `bench` wants to know."""
     def result(self, device):
-        values, self.values = sorted(self.values.items()), {}
-        return {k: mean_over_processes(torch.stack([x.to(device) for x in v]).mean(0)).tolist() for k, v in values}
+        means = {k: torch.stack([x.to(device) for x in v]).mean(0) for k, v in sorted(self.values.items())}
+        self.values, flat = {}, mean_over_processes(torch.cat([x.flatten() for x in means.values()]))
+        parts = flat.split([x.numel() for x in means.values()])
+        return {k: part.view_as(x).tolist() for (k, x), part in zip(means.items(), parts)}
 
-def generator_step(G, D, opt_g, labels, patches, first_micro, micro, step, kimg, stats):
-    """One update of G. -> [(image, class, patch)] of each pass, which serve the discriminator's step too."""
-    cfg, device, share, now = G.cfg, labels.device, len(patches.scale), schedules(G.cfg, kimg)
-    G.density_noise = now["density_noise"]
-    D.requires_grad_(False)
+def generator_pass(G, D, labels, patch, step, number, weight, stats):
+    """Gradients of G, and of D on what G makes: one pass of each network serves both losses. weight: this pass's share
+    of the process's images; its number tells its draws from those of others. -> sum of w (w_dim,)"""
+    cfg, kimg, micro = G.cfg, step * G.cfg.batch_size / 1000, len(patch.scale)
+    seed_draws(cfg.seed, step, "generator", number)
+    z, c, prior = draw_latents(cfg, micro, labels)
+    choice = sample_adaptor_choice(cfg, micro, kimg)
+    image, w = synthesize(G, z, c, prior, choice, patch)
+    image = blur(image, schedules(cfg, kimg)["blur_sigma"])
+    stats.mark("G forward")
+    seen = image.detach().requires_grad_()
+    with autocast(cfg, seen.device):
+        score = D(seen, c, patch)[0]
+    loss_g, loss_d = F.softplus(-score).mean(), F.softplus(score).mean()    # non-saturating: -log of D's sigmoid
+    grad, = torch.autograd.grad(loss_g * weight, seen, retain_graph=True)
+    (loss_d * weight).backward()
+    stats.mark("D on fakes")
+    image.backward(grad)
+    stats.mark("G backward")
+    stats.add(loss_g=loss_g, loss_d_fake=loss_d, score_fake=score.mean(), fake_std=seen.std())
+    if G.depth_adaptor is not None:
+        stats.add(near_offset=G.depth_adaptor.near_offset().mean(), depth_choice=F.one_hot(choice, 4).float().mean(0))
+    return w.detach().sum(0)
+
+def discriminator_pass(D, cfg, teacher, real, c, patch, scale_mean, step, weight, stats):
+    """Gradients of D on real images: score, distillation of the whole image, R1 every r1_interval steps."""
+    now, lazy_r1 = schedules(cfg, step * cfg.batch_size / 1000), step % cfg.r1_interval == 0
+    if distils := teacher is not None and cfg.kd_weight > 0:
+        with autocast(cfg, real.device):
+            target = teacher(real[:, :3])
+        stats.mark("teacher")
+    image = blur(extract_patch(real, patch, cfg.patch_resolution), now["blur_sigma"]).requires_grad_(lazy_r1)
+    with contextlib.nullcontext() if lazy_r1 else autocast(cfg, real.device):
+        score, predicted = (D.forward if lazy_r1 else D)(image, c, patch)  # double backward: neither bf16 nor compiled
+    loss = loss_real = F.softplus(-score).mean()
+    if distils:
+        distance = distillation_distance(predicted, target)
+        loss = loss + now["kd_weight"] * (distance * patch.scale / scale_mean).mean()
+        stats.add(kd_distance=distance.mean())
+    if lazy_r1:
+        penalty = r1_penalty(score, image).mean()
+        loss = loss + penalty * (cfg.r1_gamma / 2 * cfg.r1_interval)
+        stats.add(r1=penalty)
+    (loss * weight).backward()
+    stats.mark("D on reals, R1" if lazy_r1 else "D on reals")
+    stats.add(loss_d_real=loss_real, score_real=score.mean())
+
+def build(cfg, device):
+    """Everything that a run trains and a checkpoint holds, the same in every process. -> {name: module or optimiser}"""
+    seed_draws(cfg.seed, -1, "init", 0)
+    G, D, ema = Generator(cfg).to(device), Discriminator(cfg).to(device), Generator(cfg).to(device)
+    ema.eval().requires_grad_(False).load_state_dict(G.state_dict())
+    if cfg.compile:
+        torch._functorch.config.donated_buffer = False      # D's graph is used twice
+        G.backbone.compile()
+        D.compile()
+    ratio = cfg.r1_interval / (cfg.r1_interval + 1)    # corrects Adam for R1 at every r1_interval-th step alone
+    opt_g = torch.optim.Adam(G.parameters(), cfg.g_lr, (0.0, 0.99), fused=True)
+    opt_d = torch.optim.Adam(D.parameters(), cfg.d_lr * ratio, (0.0, 0.99 ** ratio), fused=True)
+    return dict(G=G, D=D, G_ema=ema, opt_g=opt_g, opt_d=opt_d)
+
+def training_step(cfg, modules, teacher, batch, labels, step, stats, stop=False):
+    """One update of G, D and the average by a batch of the data (`collate`). -> whether a process wants to stop"""
+    G, D, ema, opt_g, opt_d = modules.values()
+    (rank, world, _), device, kimg = distributed(), labels.device, step * cfg.batch_size / 1000
+    real, c, share = real_images(batch, device), batch["label"].to(device), cfg.batch_size // world
+    # shared by reals and fakes; every process draws the whole batch's: distillation needs their mean scale
+    seed_draws(cfg.seed, step, "patches", 0)
+    patches = sample_patch(cfg, cfg.batch_size, kimg)
+    scale_mean = float(patches.scale.mean())
+    patches = Patch(*(t.to(device) for t in rows(patches, rank * share, (rank + 1) * share)))
+    G.density_noise = schedules(cfg, kimg)["density_noise"]
+    micro, weight = cfg.batch_gpu, cfg.batch_gpu / share
+    passes = [slice(i, i + micro) for i in range(0, share, micro)]
     opt_g.zero_grad()
-    fakes, w_sum = [], 0
-    for m in range(share // micro):
-        seed_draws(cfg.seed, step, "generator", first_micro + m)
-        z, c, prior = draw_latents(cfg, micro, labels)
-        choice, patch = sample_adaptor_choice(cfg, micro, kimg, device), rows(patches, m * micro, (m + 1) * micro)
-        image, w = synthesize(G, z, c, prior, choice, patch)
-        image = blur(image, now["blur_sigma"])
-        with autocast(cfg, device):
-            score = D(image, c, patch)[0]
-        loss = F.softplus(-score).mean()                    # non-saturating: -log(sigmoid(score))
-        (loss * (micro / share)).backward()
-        fakes.append((image.detach(), c, patch))
-        w_sum = w_sum + w.detach().sum(0)
-        stats.add(loss_g=loss, score_fake=score.mean(), fake_std=image.detach().std(),
-                  depth_choice=F.one_hot(choice, 4).float().mean(0))
+    opt_d.zero_grad()
+    stats.mark("data")
+    w_sum = sum(generator_pass(G, D, labels, rows(patches, part), step, rank * share // micro + m, weight, stats)
+                for m, part in enumerate(passes))
     if G.camera_generator is not None:
         seed_draws(cfg.seed, step, "camera", 0)               # the same draws in every process
         loss, log = camera_regularizer(G, labels, kimg)
         loss.backward()
         stats.add(**log)
-    if G.depth_adaptor is not None:
-        stats.add(near_offset=G.depth_adaptor.near_offset().mean())
-    stats.add(nonfinite_g=average_gradients(G))
+    stats.mark("camera regulariser")
+    averages = [start_average(G, w_sum / share)]            # while D looks at the reals
+    for part in passes:
+        discriminator_pass(D, cfg, teacher, real[part], c[part], rows(patches, part), scale_mean, step, weight, stats)
+    averages.append(start_average(D, real.new_full([1], stop)))
+    (bad_g, w_mean), (bad_d, stop) = (finish() for finish in averages)
+    stats.mark("waiting for others")
+    stats.add(nonfinite_g=bad_g, nonfinite_d=bad_d)
     opt_g.step()
-    G.mapping_network.w_avg.lerp_(mean_over_processes(w_sum / share), 1 - 0.998)
-    return fakes
-
-def discriminator_step(D, cfg, opt_d, teacher, real, labels, fakes, scale_mean, step, kimg, stats):
-    """One update of D: real and fake scores, distillation on the whole real image, R1 every r1_interval steps."""
-    now, lazy_r1 = schedules(cfg, kimg), step % cfg.r1_interval == 0
-    D.requires_grad_(True)
-    opt_d.zero_grad()
-    for (fake, fake_c, patch), whole, c in zip(fakes, real.chunk(len(fakes)), labels.chunk(len(fakes))):
-        with autocast(cfg, fake.device):
-            score = D(fake, fake_c, patch)[0]
-        fake_loss = F.softplus(score).mean()                # -log(1 - sigmoid(score))
-        (fake_loss / len(fakes)).backward()
-        image = blur(extract_patch(whole, patch, cfg.patch_resolution), now["blur_sigma"]).requires_grad_(lazy_r1)
-        with contextlib.nullcontext() if lazy_r1 else autocast(cfg, fake.device):
-            score, predicted = D(image, c, patch)           # R1's double backward runs without autocast
-        loss = real_loss = F.softplus(-score).mean()
-        if teacher is not None and cfg.kd_weight > 0:
-            distance = distillation_distance(predicted, teacher(whole[:, :3]))
-            loss = loss + now["kd_weight"] * (distance * patch.scale / scale_mean).mean()
-            stats.add(kd_distance=distance.mean())
-        if lazy_r1:
-            penalty = r1_penalty(score, image).mean()
-            loss = loss + penalty * (cfg.r1_gamma / 2 * cfg.r1_interval)
-            stats.add(r1=penalty)
-        (loss / len(fakes)).backward()
-        stats.add(loss_d_fake=fake_loss, loss_d_real=real_loss, score_real=score.mean())
-    stats.add(nonfinite_d=average_gradients(D))
     opt_d.step()
+    G.mapping_network.w_avg.lerp_(w_mean, 1 - 0.998)
+    stats.mark("optimisers")
+    beta = 0.5 ** (cfg.batch_size / max(min(cfg.ema_kimg * 1000, (step + 1) * cfg.batch_size * cfg.ema_rampup), 1e-8))
+    with torch.no_grad():
+        torch._foreach_lerp_(list(ema.parameters()), list(G.parameters()), 1 - beta)
+        torch._foreach_copy_(list(ema.buffers()), list(G.buffers()))
+    stats.mark("EMA")
+    return bool(stop)
 
 # options that may be set anew on resuming; all others are the checkpoint's
 FREE_ON_RESUME = set("out resume device workers kimg snapshot_kimg log_kimg metrics metrics_kimg detector reals fused "
-                     "batch_gpu data precision teacher_weights depth_weights".split())
+                     "batch_gpu compile data precision teacher_weights depth_weights".split())
 
 def load_checkpoint(path):
     """path: a checkpoint, or a run folder for its newest. -> path, Config, state"""
@@ -1536,7 +1508,6 @@ def load_checkpoint(path):
         return path, Config(**state["config"]), state
     except TypeError as e:
         raise UserError(f"--resume {path}: of another version of this program ({e})") from None
-
 def load_generator(options):
     """The averaged generator of the checkpoint options.resume. -> Generator in evaluation mode, path, kimg seen"""
     if not options.resume:
@@ -1550,19 +1521,18 @@ def load_generator(options):
         return G.to(device).eval().requires_grad_(False), path, state["images"] / 1000
     except Exception as e:  # whatever a foreign or damaged state leads to
         raise UserError(f"--resume {path}: does not fit its own configuration ({type(e).__name__})") from None
-
 def distributed():
     """-> rank, processes, and the rank on this machine, as torchrun says."""
     return tuple(int(os.environ.get(*x)) for x in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 
 def validate(cfg, world):
-    """All that can be wrong in a configuration, before anything is built. -> a process's images a step, and a pass"""
+    """All that can be wrong in a configuration, before anything is built. -> images of a process in a step"""
     R, P, share = cfg.resolution, cfg.patch_resolution, cfg.batch_size // world
-    micro = min(cfg.batch_gpu, share)
+    micro = min(cfg.batch_gpu or share, share)
     def check(ok, message):
         if not ok:
             raise UserError(message)
-    positive = ("batch_size batch_gpu triplane_features channel_base channel_max adaptor_channels fine_samples z_dim "
+    positive = ("batch_size triplane_features channel_base channel_max adaptor_channels fine_samples z_dim "
                 "w_dim box r1_interval patch_beta kimg snapshot_kimg log_kimg metrics_kimg").split()
     for f in dataclasses.fields(cfg):      # numbers: finite, and none below zero but angles
         name, flag, v = f.name, "--" + f.name.replace("_", "-"), getattr(cfg, f.name)
@@ -1584,12 +1554,28 @@ def validate(cfg, world):
     check(micro % MBSTD_GROUP == 0, f"--batch-size {cfg.batch_size} over {world} processes, --batch-gpu {cfg.batch_gpu}"
           f": a pass has {micro} images, but must have a multiple of {MBSTD_GROUP} (mini-batch standard deviation)")
     check(share % micro == 0, f"--batch-gpu {cfg.batch_gpu}: does not divide a process's share of {share} images")
-    return share, micro
+    return share
+
+def images_per_pass(cfg, share, device):
+    """--batch-gpu, or where that is 0 the most images that divide a process's share, in whole groups of the mini-batch
+    standard deviation, and need half of the memory at most: 32 bytes for each number in the planes, in the feature maps
+    of every resolution and, 8 for each, in the samples on rays. CPUs count as 8 GiB and get no more than 8 images."""
+    T, P, cuda = cfg.triplane_resolution, cfg.patch_resolution, device.type == "cuda"
+    per_pixel = cfg.adaptor_channels + 8 * (cfg.coarse_samples + cfg.fine_samples)
+    numbers = 3 * cfg.triplane_features * T * T + per_pixel * P * P + sum(channels(cfg, r) * (
+        r * r * (r <= T) + min(r, P) ** 2 * (r <= cfg.resolution)) for r in (2 ** i for i in range(2, 12)))
+    fits = (torch.cuda.get_device_properties(device).total_memory if cuda else 2 ** 33) // (2 * 32 * numbers)
+    fits = fits if cuda else min(fits, 8)
+    choices = [n for n in range(MBSTD_GROUP, share + 1, MBSTD_GROUP) if share % n == 0 and n <= fits]
+    return min(cfg.batch_gpu, share) or max(choices, default=min(MBSTD_GROUP, share))
 
 def choose_device(cfg, local_rank):
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no GPU that this PyTorch can use; install a CUDA build or leave --device out")
     if cfg.device == "cpu" or not torch.cuda.is_available():
+        with contextlib.suppress(OSError, AttributeError, TypeError):   # glibc: freed memory stays with the process,
+            for option in ((-4, 0), (-1, -1)):                          # since new pages cost more than the arithmetic
+                ctypes.CDLL(None).mallopt(*option)
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
         raise UserError(f"{local_rank + 1} processes on a machine with {torch.cuda.device_count()} GPUs; start fewer")
@@ -1598,14 +1584,13 @@ def choose_device(cfg, local_rank):
     torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
     return torch.device("cuda", local_rank)
-def any_process(flag, device):
-    return bool(mean_over_processes(torch.tensor(float(flag), device=device)))
 
 def train(cfg, resumed=None):
     """The whole run. `resumed`: the state of a checkpoint to go on from."""
     rank, world, local_rank = distributed()
-    share, micro = validate(cfg, world)
+    share = validate(cfg, world)
     device = choose_device(cfg, local_rank)
+    cfg = dataclasses.replace(cfg, batch_gpu=images_per_pass(cfg, share, device))
     data, detector = open_data(cfg), open_detector(cfg, device) if cfg.metrics else None
     teacher = Teacher(cfg.teacher, cfg.teacher_weights).to(device) if cfg.teacher != "none" else None
     for name, found in (("num_classes", data.num_classes), ("teacher_dim", teacher.dim if teacher else 0)):
@@ -1618,14 +1603,8 @@ def train(cfg, resumed=None):
     say = print if rank == 0 else (lambda *a, **k: None)
     if cfg.fused:
         custom_ops(device.type)   # compiles now, not behind the progress bar
-    seed_draws(cfg.seed, -1, "init", 0)    # networks: the same in every process
-    G, D = Generator(cfg).to(device), Discriminator(cfg).to(device)
-    ema = Generator(cfg).to(device).eval().requires_grad_(False)
-    ema.load_state_dict(G.state_dict())
-    opt_g = torch.optim.Adam(G.parameters(), cfg.g_lr, (0.0, 0.99))
-    ratio = cfg.r1_interval / (cfg.r1_interval + 1)    # corrects Adam for R1 at every r1_interval-th step alone
-    opt_d = torch.optim.Adam(D.parameters(), cfg.d_lr * ratio, (0.0, 0.99 ** ratio))
-    modules = dict(G=G, D=D, G_ema=ema, opt_g=opt_g, opt_d=opt_d)
+    modules = build(cfg, device)
+    G, D, ema, *_ = modules.values()
     step, images, seconds = (resumed[k] for k in ("step", "images", "seconds")) if resumed else (0, 0, 0.0)
     if resumed:
         try:
@@ -1647,10 +1626,10 @@ def train(cfg, resumed=None):
             lines, seen = path.read_text().splitlines(), images / 1000
             with atomic(path) as tmp:    # forget what was logged after the checkpoint
                 tmp.write_text("".join(f"{x}\n" for x in lines if parse_line(x).get("kimg", math.inf) <= seen))
-    size_g, size_d = (sum(p.numel() for p in network.parameters()) / 1e6 for network in (G, D))
+    sizes = [f"{sum(p.numel() for p in network.parameters()) / 1e6:.1f} M" for network in (G, D)]
     say(f"{cfg.data}: {len(data):,} images, {cfg.num_classes or 'no'} classes; {cfg.resolution}², patches "
         f"{cfg.patch_resolution}², {'RGB and depth' if cfg.depth != 'none' else 'RGB alone'}; teacher {cfg.teacher}\n"
-        f"G {size_g:.1f} M, D {size_d:.1f} M; batch {world} x {share // micro} x {micro} on {device.type}; {out}")
+        f"G {sizes[0]}, D {sizes[1]}; batch {world} x {share // cfg.batch_gpu} x {cfg.batch_gpu} on {device}; {out}")
     loader = torch.utils.data.DataLoader(
         MirroredData(data), batch_sampler=Batches(cfg, len(data), step, rank, world), num_workers=cfg.workers,
         collate_fn=collate, pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
@@ -1675,28 +1654,15 @@ def train(cfg, resumed=None):
         if rank == 0:
             snapshot()
         metrics()
-    tick_time, tick_images, first, kimg = time.time(), images, rank * share, images / 1000
+    tick_time, tick_images, kimg = time.time(), images, images / 1000
     with tqdm(total=total_steps * cfg.batch_size, initial=images, unit="img", disable=rank > 0,
               mininterval=0.5 if sys.stderr.isatty() else 30) as bar:
         for batch in loader:
             unreadable.update(batch["bad"])
-            real, real_c = real_images(batch, device), batch["label"].to(device)        # (B, 3 or 4, R, R), (B,)
-            # shared by reals and fakes; every process draws the whole batch's: distillation needs their mean scale
-            seed_draws(cfg.seed, step, "patches", 0)
-            patches = sample_patch(cfg, cfg.batch_size, kimg)
-            scale_mean = float(patches.scale.mean())
-            patches = Patch(*(t.to(device) for t in rows(patches, first, first + share)))
-            fakes = generator_step(G, D, opt_g, labels, patches, first // micro, micro, step, kimg, stats)
-            discriminator_step(D, cfg, opt_d, teacher, real, real_c, fakes, scale_mean, step, kimg, stats)
+            stopped = training_step(cfg, modules, teacher, batch, labels, step, stats, bool(stop))
             step, images = step + 1, images + cfg.batch_size
             kimg = images / 1000
-            beta = 0.5 ** (cfg.batch_size / max(min(cfg.ema_kimg, kimg * cfg.ema_rampup) * 1000, 1e-8))
-            with torch.no_grad():
-                torch._foreach_lerp_(list(ema.parameters()), list(G.parameters()), 1 - beta)
-                torch._foreach_copy_(list(ema.buffers()), list(G.buffers()))
             bar.update(cfg.batch_size)
-            # log, snapshot, stop: all processes decide alike
-            stopped = any_process(bool(stop), device)
             done = stopped or step == total_steps
             if due(cfg.log_kimg) or due(1):
                 check_readable(unreadable, said, images, cfg)
@@ -1722,9 +1688,6 @@ def train(cfg, resumed=None):
         signal.signal(s, handler)
     end = "finished" if step == total_steps else f"stopped (go on with --resume latest --out {out})"
     say(f"{end} at {kimg:g} kimg after {(time.time() - start) / 60:.1f} minutes; see {named('samples', 'png')}")
-    if world > 1:
-        dist.destroy_process_group()
-
 def parse_line(line):
     """A line of a .jsonl file as a dict; empty for one that a crash cut short."""
     try:
@@ -1743,12 +1706,10 @@ def measure(path, kimg, G, data, labels, options, detector, rank, world):
     first = next(iter(result))
     best = min if first[:2] in ("fi", "fd", "ki", "kd") else max
     return result[first] == best(x[first] for x in map(parse_line, path.read_text().splitlines()) if first in x)
-
 def ignore_signals(_):
     """In data workers: the training process decides when to stop."""
     for s in (signal.SIGINT, signal.SIGTERM):
         signal.signal(s, signal.SIG_IGN)
-
 def memory(device, reset=False):
     """Bytes of the GPU, or resident, that this process holds, and the most since a reset. nan where unknown."""
     if device.type == "cuda":
@@ -1763,7 +1724,6 @@ def memory(device, reset=False):
         return tuple(int(status.split(key)[1].split()[0]) * 1024 for key in ("VmRSS:", "VmHWM:"))
     except (OSError, AttributeError, IndexError):
         return math.nan, math.nan
-
 def check_readable(names, said, images, cfg):
     """Share the names of unreadable images and name each once; stop if more than 1% of the first 1000 are bad."""
     parts = [names]
@@ -1778,17 +1738,15 @@ def check_readable(names, said, images, cfg):
         tqdm.write(f"skipped, unreadable: {name}", file=sys.stderr)
 
 # ---- Sampling: pictures, animations, meshes --------------------------------------------------------------------------
-def to_picture(rgb, depth=None, near=None, far=None, dim=1):
-    """rgb (3, H, W) in [-1, 1] and, below it (dim=2: beside it), depth (1, H, W), near black. -> uint8 (., ., 3)"""
-    x = (rgb.clamp(-1, 1) + 1) / 2
-    if depth is not None:
-        x = torch.cat([x, ((depth - near) / max(far - near, 1e-6)).clamp(0, 1).expand(3, -1, -1)], dim)
+def to_picture(rgb, depth=(), near=-1, far=1, dim=1):
+    """rgb (3, H, W) in [-1, 1] and, below it (dim=2: beside), depth (1, H, W) if any, near black. -> uint8 (., ., 3)"""
+    depths = [((d - near) / max(far - near, 1e-6)).clamp(0, 1).expand(3, -1, -1) for d in depth]
+    x = torch.cat([(rgb.clamp(-1, 1) + 1) / 2, *depths], dim)
     return (x * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-
-def tile(cells, columns, at_least=96):
+def tile(cells, columns):
     """Equal pictures (H, W, 3), row by row; small ones are enlarged without smoothing: pixels stay visible."""
     lines = [np.concatenate(cells[i:i + columns], 1) for i in range(0, len(cells) - columns + 1, columns)]
-    zoom = -(-at_least // cells[0].shape[1])
+    zoom = -(-96 // cells[0].shape[1])
     return PIL.Image.fromarray(np.concatenate(lines, 0).repeat(zoom, 0).repeat(zoom, 1))
 def write_image(image, path):
     with atomic(path) as tmp:
@@ -1799,10 +1757,9 @@ def grid_indices(labels, n):
     labels = labels if len(labels) else np.zeros(n)
     members = [np.flatnonzero(labels == c) for c in np.unique(labels)[:n]]
     return [int(np.resize(members[i % len(members)], n)[i // len(members)]) for i in range(n)]
-
 def write_reals(data, path):
     real = real_images(collate([data[i % len(data)] for i in grid_indices(data.labels, 32)]), "cpu")
-    write_image(tile([to_picture(x[:3], x[3:] if len(x) == 4 else None, -1, 1) for x in real], 16), path)
+    write_image(tile([to_picture(x[:3], x[3:]) for x in real], 16), path)
 
 def render_views(G, planes, cameras, resolution, dim=1):
     """One scene (planes of 1) from each camera -> pictures of RGB and depth, as `to_picture`"""
@@ -1812,26 +1769,22 @@ def render_views(G, planes, cameras, resolution, dim=1):
 
 @torch.no_grad()
 def write_samples(G, labels, path, scenes=16, views=4):
-    """A grid of fixed z and classes: RGB over depth, `views` views of a scene side by side, 4 scenes in a row. They
-    turn about each scene by 0.3 radians to both sides of the posterior camera's mean yaw."""
+    """A grid of fixed z and classes, 4 scenes a row: RGB over depth, `views` yaws, the posterior's mean ± 0.3 rad"""
     seed_draws(G.cfg.seed, -1, "samples", 0)
     z, _, prior = draw_latents(G.cfg, scenes, labels)
-    present = torch.unique(labels) if G.cfg.num_classes else z.new_zeros(1).long()
-    c, cells = present[torch.arange(scenes, device=z.device) % len(present)], []
-    camera = G.pose(prior, z, c)
+    c = (torch.unique(labels) if G.cfg.num_classes else z.new_zeros(1).long()).repeat(scenes)[:scenes]
+    camera, cells, R = G.pose(prior, z, c), [], G.cfg.resolution
     yaws = camera.yaw.mean() + torch.linspace(-0.3, 0.3, views, device=z.device)
     for i in torch.arange(scenes, device=z.device).split(1):
-        pose = rows(camera, i.expand(views))._replace(yaw=yaws)
-        cells += render_views(G, G.backbone(G.mapping(z[i], c[i])), pose, G.cfg.resolution)
+        cells += render_views(G, G.backbone(G.mapping(z[i], c[i])), rows(camera, i.expand(views))._replace(yaw=yaws), R)
     write_image(tile(cells, 4 * views), path)
 
 def camera_path(kind, start, n, angle):
     """n cameras of a closed path from `start` (a Camera of 1 or n) on, `angle` radians to each side at most."""
     t = torch.linspace(0, 2 * math.pi, n + 1, device=start.yaw.device)[:-1]
-    sin, up = t.sin(), (1 - t.cos()) / 2
-    yaw, pitch, fov = {    # orbit: an ellipse in front, over the top; line: sideways and back, at constant speed
-        "none": (0, 0, 1), "orbit": (sin, -up, 1), "wiggle": (sin / 2, (2 * t).sin() / 4, 1),
-        "line": (sin.asin() * 2 / math.pi, 0, 1), "zoom": (0, 0, 1 - up / 2)}[kind]
+    sin, up = t.sin(), (1 - t.cos()) / 2  # orbit: an ellipse in front, over the top; line: sideways, at constant speed
+    yaw, pitch, fov = {"none": (0, 0, 1), "orbit": (sin, -up, 1), "wiggle": (sin / 2, (2 * t).sin() / 4, 1),
+                       "line": (sin.asin() * 2 / math.pi, 0, 1), "zoom": (0, 0, 1 - up / 2)}[kind]
     pitch = (start.pitch + angle * pitch).clamp(0.05, math.pi - 0.05)
     moved = start._replace(yaw=start.yaw + angle * yaw, pitch=pitch, fov=start.fov * fov)
     return Camera(*(x.expand(n, *x.shape[1:]) for x in moved))
@@ -1846,16 +1799,13 @@ def write_animation(frames, path, fps):
             size = f"{frames[0].width}x{frames[0].height}"
             command = f"ffmpeg -y -v error -f rawvideo -pix_fmt rgb24 -s {size} -r {fps} -i - -pix_fmt yuv420p -f mp4"
             raw = b"".join(f.tobytes() for f in frames)
-            done = subprocess.run([*command.split(), tmp], input=raw, capture_output=True)
-            if done.returncode:
+            if (done := subprocess.run([*command.split(), tmp], input=raw, capture_output=True)).returncode:
                 raise OSError(f"ffmpeg: {done.stderr.decode(errors='replace').strip()}")
 
 def write_ply(path, points, colors, faces=()):
     """Points (N, 3) in world units, y up; colors (N, 3) in [-1, 1]; faces (M, 3), counter-clockwise from outside."""
-    vertex = np.zeros(len(points), [("xyz", "<f4", 3), ("rgb", "u1", 3)])
-    vertex["xyz"], vertex["rgb"] = points, ((np.clip(colors, -1, 1) + 1) * 127.5).round()
-    face = np.zeros(len(faces), [("n", "u1"), ("v", "<i4", 3)])
-    face["n"], face["v"] = 3, np.reshape(faces, (-1, 3))
+    vertex = np.rec.fromarrays([points, ((np.clip(colors, -1, 1) + 1) * 127.5).round()], "(3,)<f4, (3,)u1")
+    face = np.rec.fromarrays([np.full(len(faces), 3), np.reshape(faces, (-1, 3))], "u1, (3,)<i4")
     header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(vertex)}",
               *(f"property float {k}" for k in "xyz"), *(f"property uchar {k}" for k in ("red", "green", "blue")),
               f"element face {len(face)}", "property list uchar int vertex_indices", "end_header\n"]
@@ -1863,8 +1813,7 @@ def write_ply(path, points, colors, faces=()):
         tmp.write_bytes("\n".join(header).encode() + vertex.tobytes() + face.tobytes())
 
 def extract_mesh(G, planes, camera, level, n):
-    """Marching cubes over the densities in the box, n points a side, and there between near and far from the camera:
-    what no ray ever saw is arbitrary. planes and camera of 1 -> vertices (V, 3), colours (V, 3), faces (M, 3)"""
+    """Marching cubes, n points a side, between near and far of the camera: what no ray saw is arbitrary. One scene"""
     try:
         from skimage.measure import marching_cubes
     except ImportError:
@@ -1875,14 +1824,13 @@ def extract_mesh(G, planes, camera, level, n):
     for x in line.tolist():
         points = F.pad(torch.cartesian_prod(line, line), (1, 0), value=x)              # (n², 3)
         distance = (points - origin).norm(dim=1)
-        sigma = F.softplus(query(points)[1][0]) * ((distance > cfg.near) & (distance < cfg.far))
-        slabs.append(sigma.view(n, n).cpu().numpy())
+        slabs.append((F.softplus(query(points)[1][0]) * ((distance > cfg.near) & (distance < cfg.far))).cpu())
     if not 0 < level < (highest := max(x.max() for x in slabs)):
         raise UserError(f"--mesh-level {level:g}: must lie between 0 and the largest density, {highest:.3g}")
-    vertices, faces, *_ = marching_cubes(np.stack(slabs), level, gradient_direction="ascent")  # outwards; unit: a cell
-    vertices = (vertices * (2 * cfg.box / (n - 1)) - cfg.box).astype(np.float32)
+    vertices, faces, *_ = marching_cubes(torch.stack(slabs).view(n, n, n).numpy(), level, gradient_direction="ascent")
+    vertices = (vertices * (2 * cfg.box / (n - 1)) - cfg.box).astype(np.float32)       # the unit was a cell
     colors = [query(x)[0][0] for x in torch.from_numpy(vertices).to(device).split(2 ** 16)]
-    return vertices, torch.cat(colors).cpu().numpy(), faces
+    return vertices, torch.cat(colors).cpu().numpy(), faces                            # (V, 3), (V, 3), outwards (M, 3)
 
 def write_cameras(G, path, n=16384):
     """Histograms of each camera parameter over all classes: the prior gray, the posterior blue."""
@@ -1897,11 +1845,9 @@ def write_cameras(G, path, n=16384):
             for k, v in enumerate((p.histc(48, low, high) / n * 1200).clamp(max=140).tolist()):
                 draw.rectangle([x + 6 * k, y - v, x + 6 * k + 5 - 2 * j, y], color)
             draw.text((x, y - 182 + 18 * j), f"{('prior', 'learned')[j]} {p.mean():.3g} ± {p.std():.2g}", color, font)
-        for place, text, anchor in (((x, y - 200), name, "la"), ((x, y + 4), f"{low:.3g}", "la"),
-                                    ((x + 288, y + 4), f"{high:.3g}", "ra")):
-            draw.text(place, text, "black", font, anchor)
+        for dx, dy, text, anchor in ((0, -200, name, "la"), (0, 4, f"{low:.3g}", "la"), (288, 4, f"{high:.3g}", "ra")):
+            draw.text((x + dx, y + dy), text, "black", font, anchor)
     write_image(image, path)
-
 def parse_numbers(text, flag, below):
     """"1,5,10-20" -> [1, 5, 10, ..., 20]"""
     spans = [re.fullmatch(r"(\d{1,10})(?:-(\d{1,10}))?", part) for part in text.split(",")]
@@ -1918,9 +1864,8 @@ def sample(options):
     cfg, device, resolution = G.cfg, next(G.parameters()).device, options.resolution or G.cfg.resolution
     seeds, count = parse_numbers(options.seeds, "--seeds", 2 ** 31), max(cfg.num_classes, 1)
     classes = parse_numbers(options.classes or f"0-{min(8, count) - 1}", "--classes", count)
-    out = Path(options.out or path.with_name(f"samples-{kimg:010.3f}"))
+    out, pictures, films, stops = Path(options.out or path.with_name(f"samples-{kimg:010.3f}")), [], [], []
     out.mkdir(parents=True, exist_ok=True)
-    pictures, films, stops = [], [], []
     for label, seed in tqdm([(label, seed) for label in classes for seed in seeds], unit="sample"):
         c, name = torch.tensor([label], device=device), out / f"class{label:04d}-seed{seed:04d}"
         if seed == seeds[0]:
@@ -1931,10 +1876,8 @@ def sample(options):
         z, _, prior = draw_latents(cfg, 1, torch.zeros(1, dtype=torch.long))    # on the CPU: on all devices alike
         z, prior = z.to(device), Camera(*(x.to(device) for x in prior))
         w, camera = mean_w.lerp(G.mapping(z, c), options.truncation), G.pose(prior, z, c)
-        planes = G.backbone(w)
-        rgb, depth = G.render(planes, camera, resolution)
-        pictures.append(to_picture(rgb[0]))
-        stops.append((w, mean_pose))
+        rgb, depth = G.render(planes := G.backbone(w), camera, resolution)
+        pictures, stops = [*pictures, to_picture(rgb[0])], [*stops, (w, *mean_pose)]
         if options.each:
             write_image(tile(pictures[-1:], 1), f"{name}.png")
         if options.video != "none" and not options.interpolate:
@@ -1949,10 +1892,8 @@ def sample(options):
             points = origins + directions * depth.flatten(2).transpose(1, 2)
             write_ply(f"{name}-points.ply", points[0].cpu().numpy(), rgb[0].flatten(1).t().cpu().numpy())
         if options.depth:
-            maps = dict(depth=(depth - cfg.near) / (cfg.far - cfg.near))
-            if G.depth_adaptor:
-                maps["adapted"] = (G.depth_adaptor.candidates(depth)[evaluation_level(cfg)] + 1) / 2
-            for kind, x in maps.items():
+            adapted = [(G.depth_adaptor.candidates(depth)[evaluation_level(cfg)] + 1) / 2] if G.depth_adaptor else []
+            for kind, x in zip(("depth", "adapted"), [(depth - cfg.near) / (cfg.far - cfg.near), *adapted]):
                 x = (x[0, 0].clamp(0, 1) * 65535).round().cpu().numpy().astype(np.uint16)
                 write_image(PIL.Image.fromarray(x), f"{name}-{kind}.png")
     if not options.each:
@@ -1961,22 +1902,18 @@ def sample(options):
             write_animation([tile(x, len(seeds)) for x in zip(*films)], out / options.video, options.fps)
     if options.interpolate:
         t = (1 - torch.linspace(0, math.pi, options.frames + 1, device=device)[:-1].cos()) / 2     # slow at the stops
-        walk = [(w0.lerp(w1, x), Camera(*(a.lerp(b, x) for a, b in zip(c0, c1))))
-                for (w0, c0), (w1, c1) in zip(stops, stops[1:] + stops[:1]) for x in t]
-        poses = Camera(*(torch.cat(x) for x in zip(*(pose for _, pose in walk))))
-        poses = camera_path(options.video, poses, len(walk), options.angle)
+        ws, *poses = zip(*([a.lerp(b, x) for a, b in zip(*ab)] for ab in zip(stops, stops[1:] + stops[:1]) for x in t))
+        poses = camera_path(options.video, Camera(*map(torch.cat, poses)), len(ws), options.angle)
         write_animation([tile(render_views(G, G.backbone(w), rows(poses, i, i + 1), resolution, 2), 1)
-                         for i, (w, _) in enumerate(tqdm(walk, "walk", unit="frame"))], out / "walk", options.fps)
+                         for i, w in enumerate(tqdm(ws, "walk", unit="frame"))], out / "walk", options.fps)
     if options.cameras:
         write_cameras(G, out / "cameras.png")
     print(f"written to {out}")
 
 def evaluate_checkpoint(options):
     """`eval`: metrics of a checkpoint, over all processes."""
-    rank, world, _ = distributed()
-    G, path, kimg = load_generator(options)
-    device = next(G.parameters()).device
-    G.cfg = dataclasses.replace(G.cfg, data=options.data or G.cfg.data)
+    (rank, world, _), (G, path, kimg) = distributed(), load_generator(options)
+    device, G.cfg = next(G.parameters()).device, dataclasses.replace(G.cfg, data=options.data or G.cfg.data)
     detector, data = open_detector(options, device), open_data(G.cfg)
     if G.cfg.num_classes != data.num_classes:
         raise UserError(f"--data {G.cfg.data}: has {data.num_classes} classes, the checkpoint {G.cfg.num_classes}")
@@ -1984,8 +1921,6 @@ def evaluate_checkpoint(options):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     measure(path.with_name("metrics.jsonl"), kimg, G, data, torch.from_numpy(data.labels).to(device), options, detector,
             rank, world)
-    if world > 1:
-        dist.destroy_process_group()
 
 # ---- Report: one page that needs nothing but a browser ---------------------------------------------------------------
 COLORS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2")
@@ -1998,82 +1933,135 @@ width:100%}figure{margin:0}img{image-rendering:pixelated}.wide{overflow-x:auto}t
 
 def chart(title, lines):
     """Inline SVG. lines: {color: [(kimg, value, spread)]}; the spread, if any, is a band."""
-    every = [p for points in lines.values() for p in points]
-    xs, ys = [p[0] for p in every], [p[1] + k * p[2] for p in every for k in (-1, 1)]
+    xs, ys = zip(*((x, y + k * spread) for points in lines.values() for x, y, spread in points for k in (-1, 1)))
     x0, x1, y0, y1 = min(xs), max(xs), min(ys), max(ys)
     at = lambda x, y: f"{44 + 270 * (x - x0) / (x1 - x0 or 1):.1f},{150 - 140 * (y - y0) / (y1 - y0 or 1):.1f} "
     body = "".join(f"<path d='M44 {150 - 140 * k}h270' stroke=#ddd /><text x=40 y={154 - 140 * k} text-anchor=end>"
                    f"{y0 + (y1 - y0) * k:.3g}</text>" for k in (0, 0.5, 1))
     for color, points in lines.items():
         points = points[::len(points) // 400 + 1] + points[-1:]
-        band = [at(x, y + s) for x, y, s in points] + [at(x, y - s) for x, y, s in points[::-1]]
-        body += (f"<polygon points='{''.join(band)}' fill={color} opacity=.15 /><polyline fill=none stroke={color} "
-                 f"stroke-width={1.5 if len(points) > 2 else 6} stroke-linecap=round points='"
-                 f"{''.join(at(x, y) for x, y, _ in points)}' />")
+        top, line, bottom = ("".join(at(x, y + k * s) for x, y, s in points[::k or 1]) for k in (1, 0, -1))
+        body += (f"<polygon points='{top}{bottom}' fill={color} opacity=.15 /><polyline fill=none stroke={color} "
+                 f"stroke-width={1.5 if len(points) > 2 else 6} stroke-linecap=round points='{line}' />")
     return (f"<figure>{html.escape(title)}<svg viewBox='0 0 320 170' font-size=10>{body}<text x=44 y=165>{x0:g}</text>"
             f"<text x=314 y=165 text-anchor=end>{x1:g} kimg</text></svg></figure>")
 
 def report(options):
     """`report`: metrics, losses, speed, cameras, samples over time, and where the configurations differ."""
     page, charts, configs, esc = [PAGE], {}, {"default": vars(Config())}, html.escape
-    for i, run in enumerate(map(Path, options.runs)):    # charts: heading -> title -> colour -> points
+    for run, color in zip(map(Path, options.runs), COLORS * len(options.runs)):  # charts[heading][title][color]: points
         if not holds_run(run):
             raise UserError(f"report {run}: not the folder of a run")
-        color = COLORS[i % len(COLORS)]
         page.append(f"<b style='color:{color}'>&#9632; {esc(str(run))}</b> ")
         configs[str(run)] = parse_line((run / "config.json").read_text())
-        for file in (run / "metrics.jsonl", run / "log.jsonl"):
-            for row in map(parse_line, file.read_text().splitlines() if file.exists() else []):
-                cameras = dict(zip(CAMERA_PARAMETERS, zip(row.get("camera_mean", []), row.get("camera_std", []))))
-                for name, value in {**row, **cameras}.items():
-                    point = (row.get("kimg"), *value) if name in cameras else (row.get("kimg"), value, 0)
-                    heading = ("Metrics" if file.name == "metrics.jsonl" else "Camera posterior" if name in cameras else
-                               "Speed" if name in ("images_per_second", "memory_mb", "seconds") else "Training")
-                    number = all(isinstance(x, (int, float)) and math.isfinite(x) for x in point)
-                    if number and name not in ("kimg", "reals"):
-                        charts.setdefault(heading, {}).setdefault(name, {}).setdefault(color, []).append(point)
-    for heading, drawn in charts.items():
-        page += [f"<h2>{heading}</h2><div class=charts>", *(chart(*x) for x in drawn.items()), "</div>"]
-    page.append("<h2>Samples</h2>")
+        files = filter(Path.exists, (run / "metrics.jsonl", run / "log.jsonl"))
+        for kind, row in ((f.stem, parse_line(line)) for f in files for line in f.read_text().splitlines()):
+            cameras = dict(zip(CAMERA_PARAMETERS, zip(row.get("camera_mean", []), row.get("camera_std", []))))
+            for name, value in {**row, **cameras}.items():
+                dot = (row.get("kimg"), *value) if name in cameras else (row.get("kimg"), value, 0)
+                heading = ("Metrics" if kind == "metrics" else "Camera posterior" if name in cameras else
+                           "Speed" if name in ("images_per_second", "memory_mb", "seconds") else "Training")
+                if name not in ("kimg", "reals") and all(isinstance(x, (int, float)) and math.isfinite(x) for x in dot):
+                    charts.setdefault(heading, {}).setdefault(name, {}).setdefault(color, []).append(dot)
+    page += [f"<h2>{heading}</h2><div class=charts>{''.join(chart(*x) for x in drawn.items())}</div>"
+             for heading, drawn in charts.items()] + ["<h2>Samples</h2>"]
     for run in [*configs][1:]:
-        files = sorted(Path(run).glob("samples-*.png"))
-        files = files[::len(files) // 20 + 1]
+        files = (found := sorted(Path(run).glob("samples-*.png")))[::len(found) // 20 + 1]
         page += [f"<section><b>{esc(run)}</b><input type=range max={len(files) - 1} value={len(files) - 1} "
-                 "oninput=show(this)>"]
-        page += [f"<figure hidden>{esc(f.stem)}<img alt='' src='data:image/png;base64,"
-                 f"{base64.b64encode(f.read_bytes()).decode()}'></figure>" for f in files] + ["</section>"]
+                 "oninput=show(this)>", *(f"<figure hidden>{esc(f.stem)}<img alt='' src='data:image/png;base64,"
+                 f"{base64.b64encode(f.read_bytes()).decode()}'></figure>" for f in files), "</section>"]
     page += ["<script>document.querySelectorAll('input').forEach(show)</script><h2>Configurations, where not the "
              "default</h2><div class=wide><table><tr><th>", *(f"<th>{esc(name)}" for name in configs)]
     for f in Config.__dataclass_fields__:
-        values = [esc(str(list(v) if isinstance(v := c.get(f), tuple) else v)) for c in configs.values()]
-        if len(set(values)) > 1:
-            page.append(f"<tr><td>{f}" + "".join(f"<td>{v}" for v in values))
-    path = Path(options.out or Path(options.runs[0]) / "report.html")
-    with atomic(path) as tmp:
+        values = [f"<td>{esc(str(list(v) if isinstance(v := c.get(f), tuple) else v))}" for c in configs.values()]
+        page += [f"<tr><td>{f}", *values] if len(set(values)) > 1 else []
+    with atomic(path := Path(options.out or Path(options.runs[0]) / "report.html")) as tmp:
         tmp.write_text("".join(page) + "</table></div></html>")
     print(f"written to {path}")
 
 # ---- Bench -----------------------------------------------------------------------------------------------------------
-def bench(cfg):
-    """Print times of the tri-plane query on rays of random cameras, as in training, and of a copy."""
-    if cfg.repeats < 1:
-        raise UserError(f"--repeats {cfg.repeats}: must be positive")
-    device = choose_device(cfg, 0)
+def clock(device):
+    torch.get_device_module(device).synchronize()    # nothing on a CPU
+    return time.perf_counter()
+def timed(device, f, *args):
+    """-> what f returns, and how many seconds it took"""
+    start = clock(device)
+    return f(*args), clock(device) - start
+class Operations(TorchDispatchMode):
+    """Counts floating-point operations (PyTorch's FlopCounterMode does not go with autograd.grad), the query's too."""
+    total = 0
+    def __torch_dispatch__(self, f, types, args=(), kwargs={}):
+        out = f(*args, **kwargs)
+        if f.namespace == "threedgp":
+            planes, points, _, decoder, *grad = args
+            C, n = planes.shape[2], points.shape[0] * points.shape[1]
+            self.total += n * (24 * C + (128 * (C + 4) if len(decoder) else 0)) * (3 if grad else 1)
+        elif count := flop_registry.get(f.overloadpacket):
+            self.total += count(*args, **kwargs, out_val=out)
+        return out
+class Phases(Averages):
+    """Seconds and counted operations of the phases that `training_step` marks."""
+    def __init__(self, device, counter):
+        super().__init__()
+        self.spent, self.now = {}, lambda: np.array([clock(device), counter.total])
+        self.last = self.now()
+    def mark(self, phase):
+        now = self.now()
+        self.spent[phase], self.last = self.spent.get(phase, 0) + now - self.last, now
+
+def bench_step(cfg, repeats, device):
+    """-> heading, rows: times and operations per image of each phase of a training step on `shapes`"""
+    teacher = Teacher(cfg.teacher, cfg.teacher_weights).to(device) if cfg.teacher != "none" else None
+    cfg = dataclasses.replace(cfg, num_classes=cfg.num_classes or 8, teacher_dim=teacher.dim if teacher else 0)
+    share, modules, data = cfg.batch_size // distributed()[1], build(cfg, device), MirroredData(ShapesData(cfg))
+    labels, counter = torch.arange(cfg.num_classes, device=device), Operations()
+    def step(number):
+        phases = Phases(device, counter)
+        batch = collate([data[i] for i in range(share)])
+        phases.mark("drawing data")
+        training_step(cfg, modules, teacher, batch, labels, number, phases)
+        return phases.spent
+    pair = lambda n: {**step(n * cfg.r1_interval + 1), **step(n * cfg.r1_interval)}      # without and with R1
+    pair(0)
+    with counter, torch.compiler.set_stance("force_eager"):      # compiled code has no operators to count
+        counted = pair(1)
+    memory(device, reset=True)
+    times = [pair(2 + n) for n in range(repeats)]
+    x = torch.ones(8192 if device.type == "cuda" else 2048, 8192, device=device)
+    x = x.bfloat16() if cfg.precision == "bf16" else x
+    rate = 2e-9 * len(x) ** 2 * 8192 / np.median([timed(device, torch.matmul, x, x.t())[1] for _ in range(9)])
+    phases = {k: np.array([np.median([t[k][0] for t in times]), counted[k][1] / 1e9]) / share for k in counted}
+    phases["whole step"] = sum(v for k, v in phases.items() if "R1" not in k)
+    phases["mean, with R1"] = phases["whole step"] + (phases["D on reals, R1"] - phases["D on reals"]) / cfg.r1_interval
+    sent = sum(p.numel() for k in "GD" for p in modules[k].parameters()) * 4e-6
+    rows = [{"what": k, "ms/image": t * 1e3, "Gflop/image": f, "of products": f / t / rate}
+            for k, (t, f) in ((k, v.tolist()) for k, v in phases.items())]
+    return (f"{phases['mean, with R1'][0] ** -1:.4g} images/s; {share // cfg.batch_gpu} passes of {cfg.batch_gpu}, "
+            f"{memory(device)[1] / 1e6:.0f} MB; products {rate:.0f} Gflop/s; {sent:.1f} MB of gradients a step"), rows
+
+@torch.no_grad()
+def bench_render(cfg, repeats, device):
+    """-> heading, rows: times of making pictures of the data's size, one at a time"""
+    G, c = build(cfg, device)["G_ema"], torch.zeros(1, dtype=torch.long, device=device)
+    z, _, prior = draw_latents(cfg, 1, c)
+    planes, camera = (lambda: G.backbone(G.mapping(z, c))), G.pose(prior, z, c)
+    ways = {"planes": planes, "picture": lambda: G.render(planes(), camera, cfg.resolution)}
+    ways["frame of an orbit"] = functools.partial(G.render, planes(), camera, cfg.resolution)
+    runs = [[timed(device, way)[1] for way in ways.values()] for _ in range(repeats + 1)][1:]
+    return f"{memory(device)[1] / 1e6:.0f} MB at most", [{"what": name, "ms": t * 1e3, "per second": 1 / t}
+                                                        for name, t in zip(ways, np.median(runs, 0).tolist())]
+
+def bench_triplane(model, repeats, device):
+    """-> heading, rows: times of the tri-plane query on rays of random cameras, as in training"""
     cuda = device.type == "cuda"
     B, R, S, C, T = (8, 64, 64, 32, 512) if cuda else (2, 64, 32, 32, 256)
-    model, decoder, no_decoder = Config(), TriplaneDecoder(C).to(device), torch.empty(0, device=device)
+    decoder, no_decoder = TriplaneDecoder(C).to(device), torch.empty(0, device=device)
     plain = lambda p, x: sample_triplane(p.to(x.dtype), x, model.box)
     fused = lambda p, x, decoder=no_decoder: triplane(p, x, model.box, decoder)
     ways = {"features, plain": plain, "features, fused": fused, "query, plain": lambda p, x: decoder.model(plain(p, x)),
             "query, fused lookup": lambda p, x: decoder.model(fused(p, x)),
             "query, fused": lambda p, x: fused(p, x, decoder.packed())}
     ways = {name: way for name, way in ways.items() if "plain" in name or has_custom_ops(device.type)}
-    def clock():
-        torch.get_device_module(device).synchronize()    # nothing on a CPU
-        return time.perf_counter()
-    def timed(f, *args):
-        start, result = clock(), f(*args)
-        return result, clock() - start
     def run(name, dtype):
         """-> seconds forward, seconds of both passes, peak bytes beyond inputs, result and gradients"""
         planes = torch.randn(B, 3, C, T, T, device=device, dtype=dtype)
@@ -2083,38 +2071,44 @@ def bench(cfg):
         points = (origins[:, :, None] + depths * directions[:, :, None]).flatten(1, 2).requires_grad_()  # (B, N, 3)
         grad = torch.randn(*points.shape[:2], C if "features" in name else 4, device=device)
         before = memory(device, reset=True)[0]
-        y, forward = timed(ways[name], planes, points)
-        _, backward = timed(y.backward, grad)
+        y, forward = timed(device, ways[name], planes, points)
+        _, backward = timed(device, y.backward, grad)
         extra = memory(device)[1] - before - (grad.nbytes + planes.nbytes + points.nbytes)
         return forward, forward + backward, extra
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
-        runs = [[run(name, dtype) for name in ways] for _ in range(cfg.repeats + 1)][1:]   # in turn: all are hit alike
+        runs = [[run(name, dtype) for name in ways] for _ in range(repeats + 1)][1:]   # in turn: all are hit alike
         medians = dict(zip(ways, np.median(runs, 0).tolist()))
         for name, (forward, both, extra) in medians.items():
             base = medians[name.split(",")[0] + ", plain"]
-            touched = B * R * R * S * 12 * C * (2 * dtype.itemsize + 4)   # corners are read twice and added to once
             rows.append({"what": name, "planes": str(dtype)[6:], "forward ms": forward * 1e3, "both ms": both * 1e3,
-                         "times faster": base[1] / both, "extra MB": extra / 1e6, "of plain": extra / base[2],
-                         "GB/s": touched / both / 1e9 if "features" in name else math.nan})
-    a, b = torch.ones(2, 2 ** (28 if cuda else 25), device=device)
-    copy = 2 * a.nbytes / float(np.median([timed(a.copy_, b)[1] for _ in range(cfg.repeats + 1)])) / 1e9
-    name = torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads"
-    shape = f"{B} images x {R * R * S:,} points, C = {C}, T = {T}"
-    if cfg.json:
-        result = {"device": name, "torch": torch.__version__, "shape": shape, "rows": rows, "copy GB/s": copy}
-        return print(json.dumps(result).replace("NaN", "null"))
-    print(f"{name}, PyTorch {torch.__version__}; {shape}; median of {cfg.repeats}\nextra: beyond inputs, "
-          f"result and gradients; GB/s: what lookups touch, where a copy reads and writes {copy:.0f}")
-    for row in ({k: k for k in rows[0]}, *rows):
-        print("".join(f"{f'{v:.4g}' if isinstance(v, float) else v:>{20 if k == 'what' else 13}}".replace("nan", "   ")
-                      for k, v in row.items()))
+                         "times faster": base[1] / both, "extra MB": extra / 1e6, "of plain": extra / base[2]})
+    return f"{B} x {R * R * S:,} points, C = {C}, T = {T}; extra: beyond inputs, result and gradients", rows
+def bench(given):
+    options, (rank, world, local_rank) = BenchConfig(**given), distributed()
+    if options.repeats < 1:
+        raise UserError(f"--repeats {options.repeats}: must be positive")
+    given = {k: v for k, v in given.items() if k in Config.__dataclass_fields__}
+    cfg = make_config({"preset": options.preset, **given})
+    device, share = choose_device(cfg, local_rank), validate(cfg, world)
+    cfg = dataclasses.replace(cfg, batch_gpu=images_per_pass(cfg, share, device))
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    run = dict(triplane=bench_triplane, step=bench_step, render=bench_render)[options.what]
+    heading, rows = run(cfg, options.repeats, device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    heading = f"{name}, {world} processes, PyTorch {torch.__version__}; {options.what} {options.preset}: {heading}"
+    if rank == 0 and options.json:
+        print(json.dumps({"heading": heading, "rows": rows}).replace("NaN", "null"))
+    elif rank == 0:
+        print(f"{heading}; median of {options.repeats}")
+        for row in (rows[0].keys(), *(row.values() for row in rows)):
+            print(*(f"{f'{v:.4g}' if isinstance(v, float) else v:>{12 if i else 20}}" for i, v in enumerate(row)))
 
 # ---- Main: the command line ------------------------------------------------------------------------------------------
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message}; --help shows all options")
-
 def add_options(parser, options):
     """An argument for every field of a dataclass that is an `opt`."""
     types = typing.get_type_hints(options)
@@ -2186,8 +2180,12 @@ def main(argv=None):
         mode, given = parse_arguments(argv)
         if mode == "train":
             train(*resolve(given))
+        elif mode == "bench":
+            bench(given)
         else:
-            dict(sample=sample, eval=evaluate_checkpoint, report=report, bench=bench)[mode](MODES[mode](**given))
+            dict(sample=sample, eval=evaluate_checkpoint, report=report)[mode](MODES[mode](**given))
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except (UserError, OSError) as e:
         if distributed()[2] == 0 or dist.is_initialized():     # once per machine, or where it happened
             print(f"3dgp.py: error: {e}", file=sys.stderr)

@@ -364,22 +364,24 @@ template <class S, class A> void feature_at(const Query<S, A>& q, int64_t b, int
   each_block(0, q.C, [&](auto V, int c) { pack<V()>(out + c) = gather<V()>(q, b, place, c); });
 }
 
-template <class S, class A> void lookup_backward(const Query<S, A>& q, A* g_features, int threads) {
-#pragma omp parallel for num_threads(threads)
-  for (int64_t i = 0; i < q.B * q.N; i++) {
-    const Place<A> place = locate(q, q.points + i * 3);
-    each_block(0, q.C, [&](auto V, int c) {
-      scatter<V()>(q, i / q.N, place, c, pack<V()>(g_features + i * q.C + c), q.grad_points + i * 3);
-    });
-  }
+template <class S, class A> void point_backward(const Query<S, A>& q, int64_t b, int64_t n, A* g_feature) {
+  const int64_t at = (b * q.N + n) * 3;
+  const Place<A> place = locate(q, q.points + at);
+  each_block(0, q.C, [&](auto V, int c) { scatter<V()>(q, b, place, c, pack<V()>(g_feature + c), q.grad_points + at); });
+}
+
+// Points [first, last) of each image; g_features (B, last - first, C) is the gradient of their features.
+template <class S, class A>
+void planes_backward(const Query<S, A>& q, A* g_features, int64_t first, int64_t last, int threads) {
+  const int64_t n = last - first;
   const int shares = int((threads + 3 * q.B - 1) / (3 * q.B)), width = ((q.C + shares - 1) / shares + 15) / 16 * 16;
 #pragma omp parallel for num_threads(threads)
   for (int64_t task = 0; task < q.B * 3 * shares; task++) {
     const int64_t b = task / shares / 3;
-    const int plane = int(task / shares % 3), first = int(task % shares) * width;
-    for (int64_t i = b * q.N; i < (b + 1) * q.N; i++) {
-      const Place<A> place = locate(q, q.points + i * 3);
-      each_block(first, first + width < q.C ? first + width : q.C, [&](auto V, int c) {
+    const int plane = int(task / shares % 3), low = int(task % shares) * width;
+    for (int64_t i = b * n; i < (b + 1) * n; i++) {
+      const Place<A> place = locate(q, q.points + (b * q.N + first + i % n) * 3);
+      each_block(low, low + width < q.C ? low + width : q.C, [&](auto V, int c) {
         for (int k = 0; k < 4; k++) scatter<V()>(q, b, place, plane * 4 + k, c, pack<V()>(g_features + i * q.C + c));
       });
     }
@@ -430,16 +432,17 @@ template <int WIDTH, class S, class A> struct Tile {
   }
 };
 
-// Forward; or the gradients of the decoder's weights and of the features (B, N, C).
-template <int WIDTH, class S, class A> void query(const Query<S, A>& q, A* g_features, int threads) {
-  const int64_t chunks = (q.N + CHUNK - 1) / CHUNK;
+// Points [from, to) of each image: forward; or the gradients of the weights and of the features (B, to - from, C).
+template <int WIDTH, class S, class A>
+void query(const Query<S, A>& q, A* g_features, int64_t from, int64_t to, int threads) {
+  const int64_t chunks = (to - from + CHUNK - 1) / CHUNK;
   std::vector<Decoder<A, WIDTH>> sums(q.grad ? q.B * chunks : 0);
 #pragma omp parallel num_threads(threads)
   {
     Tile<WIDTH, S, A> tile(q);
 #pragma omp for
     for (int64_t i = 0; i < q.B * chunks; i++) {
-      const int64_t b = i / chunks, first = i % chunks * CHUNK, end = first + CHUNK < q.N ? first + CHUNK : q.N;
+      const int64_t b = i / chunks, first = from + i % chunks * CHUNK, end = first + CHUNK < to ? first + CHUNK : to;
       for (int64_t start = first; start < end; start += TILE) {
         const int64_t at = b * q.N + start;
         const int count = int(end - start < TILE ? end - start : TILE);
@@ -448,7 +451,11 @@ template <int WIDTH, class S, class A> void query(const Query<S, A>& q, A* g_fea
           tile.forward(q.out + at * 4, count);
         } else {
           tile.backward(q.grad + at * 4, count, sums[i]);
-          for (int p = 0; p < count; p++) memcpy(g_features + (at + p) * q.C, tile.g_feature[p], sizeof(A) * q.C);
+          A* g = g_features + (b * (to - from) + start - from) * q.C;
+          for (int p = 0; p < count; p++) {   // what `fill` read of the planes is still in the cache
+            point_backward(q, b, start + p, tile.g_feature[p]);
+            memcpy(g + p * q.C, tile.g_feature[p], sizeof(A) * q.C);
+          }
         }
       }
     }
@@ -459,14 +466,21 @@ template <int WIDTH, class S, class A> void query(const Query<S, A>& q, A* g_fea
 
 template <class S, class A> const char* run(const Query<S, A>& q, int64_t context) try {
   const int threads = int(context);
-  std::vector<A> g_features(q.decoder && q.grad ? q.B * q.N * q.C : 0);
-  if (q.decoder) {
-    (q.C <= 16 ? query<16, S, A> : query<32, S, A>)(q, g_features.data(), threads);
-  } else if (!q.grad) {
+  if (q.decoder) {   // block by block: what the backward leaves between its two halves stays in the cache
+    const int64_t size = (int64_t(1) << 21) / (q.B * q.C) / CHUNK * CHUNK + CHUNK, block = size < q.N ? size : q.N;
+    std::vector<A> g_features(q.grad ? q.B * block * q.C : 0);
+    for (int64_t from = 0; from < q.N; from += block) {
+      const int64_t to = from + block < q.N ? from + block : q.N;
+      (q.C <= 16 ? query<16, S, A> : query<32, S, A>)(q, g_features.data(), from, to, threads);
+      if (q.grad) planes_backward(q, g_features.data(), from, to, threads);
+    }
+  } else {
 #pragma omp parallel for num_threads(threads)
-    for (int64_t i = 0; i < q.B * q.N; i++) feature_at(q, i / q.N, i % q.N, q.out + i * q.C);
+    for (int64_t i = 0; i < q.B * q.N; i++)
+      if (q.grad) point_backward(q, i / q.N, i % q.N, q.grad + i * q.C);
+      else feature_at(q, i / q.N, i % q.N, q.out + i * q.C);
+    if (q.grad) planes_backward(q, q.grad, 0, q.N, threads);
   }
-  if (q.grad) lookup_backward(q, q.decoder ? g_features.data() : q.grad, threads);
   return nullptr;
 } catch (const std::bad_alloc&) {
   return "not enough memory";

@@ -2036,8 +2036,8 @@ def bench_step(cfg, repeats, device):
     sent = sum(p.numel() for k in "GD" for p in modules[k].parameters()) * 4e-6
     rows = [{"what": k, "ms/image": t * 1e3, "Gflop/image": f, "of products": f / t / rate}
             for k, (t, f) in ((k, v.tolist()) for k, v in phases.items())]
-    return (f"{phases['mean, with R1'][0] ** -1:.4g} images/s; {share // cfg.batch_gpu} passes of {cfg.batch_gpu}, "
-            f"{memory(device)[1] / 1e6:.0f} MB; products {rate:.0f} Gflop/s; {sent:.1f} MB of gradients a step"), rows
+    return (f"{cfg.batch_size / share / phases['mean, with R1'][0]:.4g} images/s; {share // cfg.batch_gpu} passes of "
+            f"{cfg.batch_gpu}, {memory(device)[1] / 1e6:.0f} MB; products {rate:.0f} Gflop/s; gradients {sent:.1f} MB"), rows
 
 @torch.no_grad()
 def bench_render(cfg, repeats, device):

@@ -6,7 +6,7 @@
     python 3dgp.py --help                             # every option, with its default
 Method: Skorokhodov et al., "3D generation on ImageNet", ICLR 2023. Sections, in the paper's order: config, data, ops,
 camera, rendering, generator, discriminator, losses, metrics, training, sampling, bench, main.
-One sample's way from z to loss: `synthesize` (generator) -> `Discriminator` -> `train` (training).
+One sample's way from z to loss: `synthesize` (generator) -> `Discriminator` -> `generator_pass`, `training_step`.
 Shapes in comments: B batch, P patch resolution, T tri-plane resolution, C tri-plane features, N points, R rays,
 S samples on a ray. Images are float in [-1, 1], depth in world units, angles in radians except fov (degrees)."""
 import argparse, base64, contextlib, ctypes, dataclasses, functools, hashlib, html, io, json, logging, math
@@ -156,7 +156,8 @@ class ReportConfig:
 @dataclasses.dataclass
 class BenchConfig(Config):
     """Options of `bench`: these, and those of train."""
-    what: str = opt("triplane", "tri-plane query, training step, or making pictures", "triplane", "step", "render")
+    what: str = opt("triplane", "tri-plane query, training step (on shapes whatever --data is), or making pictures",
+                    "triplane", "step", "render")
     preset: str = opt("small", "model size; compared, compared-small: as the published implementation was measured",
                       "tiny", "small", "base", "imagenet", "compared", "compared-small")
     repeats: int = opt(9, "timings of each row, after one to warm up; the median counts")
@@ -890,9 +891,9 @@ class DepthAdaptor(nn.Module):
             x.append(layer(x[-1]))
         return torch.stack([x[0], *map(self.head, x[1:])])
     def forward(self, depth, choice):
-        """depth (B, 1, H, W), each sample's candidate int64 (B,) on the CPU -> (B, 1, H, W). A layer sees only the
-        samples that go on to it: on average half of the work of `candidates`."""
-        x, left, out, order = self.normalize(depth), torch.arange(len(choice)), [], []
+        """depth (B, 1, H, W), each sample's candidate int64 (B,), best on the CPU -> (B, 1, H, W). A layer sees the
+        samples alone that go on to it: by the schedule half, later two thirds of the work of `candidates`."""
+        x, left, out, order = self.normalize(depth), torch.arange(len(choice), device=choice.device), [], []
         for level, layer in enumerate([*self.layers, None]):
             ends = choice[left] == level
             out, order = [*out, self.head(x[ends]) if level else x[ends]], [*order, left[ends]]
@@ -2036,8 +2037,9 @@ def bench_step(cfg, repeats, device):
     sent = sum(p.numel() for k in "GD" for p in modules[k].parameters()) * 4e-6
     rows = [{"what": k, "ms/image": t * 1e3, "Gflop/image": f, "of products": f / t / rate}
             for k, (t, f) in ((k, v.tolist()) for k, v in phases.items())]
-    return (f"{cfg.batch_size / share / phases['mean, with R1'][0]:.4g} images/s; {share // cfg.batch_gpu} passes of "
-            f"{cfg.batch_gpu}, {memory(device)[1] / 1e6:.0f} MB; products {rate:.0f} Gflop/s; gradients {sent:.1f} MB"), rows
+    speed, most = cfg.batch_size / share / phases["mean, with R1"][0], memory(device)[1] / 1e6
+    return (f"{speed:.4g} images/s; {share // cfg.batch_gpu} passes of {cfg.batch_gpu}, {most:.0f} MB; products "
+            f"{rate:.0f} Gflop/s; gradients {sent:.1f} MB"), rows
 
 @torch.no_grad()
 def bench_render(cfg, repeats, device):

@@ -364,10 +364,10 @@ template <class S, class A> void feature_at(const Query<S, A>& q, int64_t b, int
   each_block(0, q.C, [&](auto V, int c) { pack<V()>(out + c) = gather<V()>(q, b, place, c); });
 }
 
-template <class S, class A> void point_backward(const Query<S, A>& q, int64_t b, int64_t n, A* g_feature) {
+template <class S, class A> void point_backward(const Query<S, A>& q, int64_t b, int64_t n, A* g) {
   const int64_t at = (b * q.N + n) * 3;
   const Place<A> place = locate(q, q.points + at);
-  each_block(0, q.C, [&](auto V, int c) { scatter<V()>(q, b, place, c, pack<V()>(g_feature + c), q.grad_points + at); });
+  each_block(0, q.C, [&](auto V, int c) { scatter<V()>(q, b, place, c, pack<V()>(g + c), q.grad_points + at); });
 }
 
 // Points [first, last) of each image; g_features (B, last - first, C) is the gradient of their features.
@@ -432,7 +432,7 @@ template <int WIDTH, class S, class A> struct Tile {
   }
 };
 
-// Points [from, to) of each image: forward; or the gradients of the weights and of the features (B, to - from, C).
+// Points [from, to) of each image: forward; or the gradients of weights, points and features (B, to - from, C).
 template <int WIDTH, class S, class A>
 void query(const Query<S, A>& q, A* g_features, int64_t from, int64_t to, int threads) {
   const int64_t chunks = (to - from + CHUNK - 1) / CHUNK;

@@ -420,6 +420,13 @@ def test_operations_are_counted():
         torch.nn.functional.conv2d(torch.randn(2, 3, 8, 8), torch.randn(5, 3, 3, 3))
     assert count.total == 2 * 3 * 4 * 5 + 2 * 2 * 5 * 6 * 6 * 27
 
+@compiles
+def test_operations_of_the_fused_query_are_counted():
+    planes, points, decoder = torch.randn(2, 3, 4, 8, 8), torch.rand(2, 5, 3) - 0.5, m.TriplaneDecoder(4)
+    with torch.no_grad(), m.Operations() as count:
+        m.query_triplane(planes, points, 0.5, decoder, True)
+    assert count.total == 2 * 5 * (2 * 12 * 4 + 2 * 64 * (4 + 4))     # 12 corners, then 4 -> 64 -> 4
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Losses, schedules, metrics
 

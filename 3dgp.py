@@ -12,7 +12,6 @@ S samples on a ray. Images are float in [-1, 1], depth in world units, angles in
 import argparse, base64, contextlib, ctypes, dataclasses, functools, hashlib, html, io, json, logging, math
 import os, platform, re, shutil, signal, subprocess, sys, tempfile, time, typing, warnings, zipfile, zlib
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import PIL.Image, PIL.ImageDraw, PIL.ImageFont, PIL.ImageOps
@@ -32,10 +31,8 @@ class MissingDepth(UserError):
 # ---- Config: one dataclass is the command line, its help and the record in config.json -------------------------------
 def opt(default, help: str, *choices):
     return dataclasses.field(default=default, metadata=dict(help=help, choices=choices or None))
-
 METRICS_HELP = "of fid, kid, is, pr, each with a number of images (fid50k,pr10k), and nfs (nfs256)"
 DETECTOR_HELP = "what compares images: inception (downloaded), its file, timm:NAME[:WEIGHTS], or area8, area averages"
-
 @dataclasses.dataclass
 class Config:
     """Every hyperparameter. Defaults are the published ones at 256²; PRESETS and DATA_PRESETS override them.
@@ -75,18 +72,16 @@ class Config:
     near: float = opt(0.75, "where rays begin")
     far: float = opt(1.25, "where rays end")
     box: float = opt(0.5, "half size of the tri-plane box")
-    # camera generator
+    # camera generator, depth adaptor, distillation
     camera_reg: str = opt("emd", "keeps the camera posterior from collapsing", "emd", "grad", "none")
     camera_reg_weights: tuple[float, float, float, float] = opt((2.0, 2.0, 1e-4, 1e-4), "for yaw, pitch, fov, look-at")
     camera_reg_units: str = opt("natural", "unit of the EMD: radians, degrees; shares of the prior", "natural", "range")
     camera_reg_kimg: float = opt(10_000, "the camera regulariser's weight grows from 0 to full over this")
     camera_center: float = opt(10.0, "weight of the distance between the mean posterior direction and the prior's")
     camera_lr_mult: float = opt(0.1, "learning-rate multiplier of the camera generator")
-    # depth adaptor
     depth_adaptor: str = opt("random", "which candidate D sees: by schedule; raw; raw or last, a coin toss; the last",
                              "random", "never", "half", "always")
     adaptor_kimg: float = opt(10_000, "share of un-adapted depth falls from 1/4 to 0.1 over this (random)")
-    # distillation
     teacher: str = opt("none", "frozen classifier to distil: a timm name, or none (shapes: none; published: resnet50)")
     teacher_weights: str = opt("", "local file with the teacher's weights (empty: timm downloads them)")
     kd_weight: float = opt(1.0, "initial weight of the distillation")
@@ -118,10 +113,8 @@ class Config:
     metrics_kimg: float = opt(200, "measure every so many kimg")
     detector: str = opt("inception", DETECTOR_HELP)
     reals: int = opt(0, "images of the data that samples are compared with (0: all)")
-
 @dataclasses.dataclass
-class SampleConfig:
-    """Options of `sample`: one sample for each of the classes and seeds."""
+class SampleConfig:   # one sample for each of the classes and seeds
     resume: str = opt("", "checkpoint, or run folder (its newest)")
     out: str = opt("", "folder to write into (empty: samples-<kimg> beside the checkpoint)")
     classes: str = opt("", "which classes, as in 1,5,10-20 (empty: the first 8)")
@@ -154,8 +147,7 @@ class ReportConfig:
     runs: list[str] = opt(..., "folders of runs")
     out: str = opt("", "file to write (empty: report.html in the first run's folder)")
 @dataclasses.dataclass
-class BenchConfig(Config):
-    """Options of `bench`: these, and those of train."""
+class BenchConfig(Config):   # these, and those of train
     what: str = opt("triplane", "tri-plane query, training step (on shapes whatever --data is), or making pictures",
                     "triplane", "step", "render")
     preset: str = opt("small", "model size; compared, compared-small: as the published implementation was measured",
@@ -177,8 +169,7 @@ PRESETS = {
                   camera_reg_kimg=120, patch_kimg=160, blur_sigma=4.0, blur_kimg=10, snapshot_kimg=25, log_kimg=1,
                   metrics="fid2k,nfs64", metrics_kimg=25, detector="area8", reals=2048, **SHORT),
     "base": dict(), "imagenet": dict(channel_base=65536, channel_max=1024),
-    # where the published implementation was measured on 2 CPU cores: 7.97, 2.93, 1.36 and 0.076, 0.036, 0.009 seconds
-    # an image for steps of G, of D, and R1 (the same batch in one pass)
+    # seconds an image of the published G, D and R1 on 2 CPU cores, in one pass: 7.97, 2.93, 1.36; 0.076, 0.036, 0.009
     "compared": dict(batch_size=4, num_classes=1000),
     "compared-small": dict(resolution=64, patch_resolution=32, triplane_resolution=64, channel_base=2048, num_classes=8,
                            channel_max=64, coarse_samples=16, fine_samples=16, batch_size=16)}
@@ -186,22 +177,16 @@ DATA_PRESETS = {   # the published data sets; the small ones have a faster camer
     "shapes": dict(preset="tiny"), "imagenet": dict(preset="imagenet", teacher="resnet50"),
     **{k: dict(preset="base", teacher="resnet50", camera_reg_kimg=3_000) for k in ("dogs", "elephants", "horses")}}
 MBSTD_GROUP = 4  # mini-batch standard deviation compares so many images; they share one patch
-
-def linear_schedule(start, end, kimg, over):
-    """From start to end while kimg goes from 0 to `over`, then constant."""
-    return end if kimg >= over else start + (end - start) * kimg / over
 def schedules(cfg, kimg):
-    """Everything that changes with the number of images seen, in one place."""
-    return dict(blur_sigma=linear_schedule(cfg.blur_sigma, 0, kimg, cfg.blur_kimg),
-                density_noise=linear_schedule(cfg.density_noise, 0, kimg, cfg.density_noise_kimg),
-                patch_beta=linear_schedule(*cfg.patch_beta, kimg, cfg.patch_kimg),
-                raw_depth_share=linear_schedule(1 / 4, 0.1, kimg, cfg.adaptor_kimg),
-                camera_reg_weight=linear_schedule(0, 1, kimg, cfg.camera_reg_kimg),
-                kd_weight=cfg.kd_weight * linear_schedule(1, 0, kimg, cfg.kd_kimg))
+    """Everything that changes with the number of images seen: linearly from start to end, then constant."""
+    line = lambda start, end, over: end if kimg >= over else start + (end - start) * kimg / over
+    return dict(blur_sigma=line(cfg.blur_sigma, 0, cfg.blur_kimg), patch_beta=line(*cfg.patch_beta, cfg.patch_kimg),
+                density_noise=line(cfg.density_noise, 0, cfg.density_noise_kimg),
+                raw_depth_share=line(1 / 4, 0.1, cfg.adaptor_kimg), kd_weight=cfg.kd_weight * line(1, 0, cfg.kd_kimg),
+                camera_reg_weight=line(0, 1, cfg.camera_reg_kimg))
 
 # ---- Data: a folder or zip of images, or `shapes`, which the program draws itself ------------------------------------
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-
 def to_rgb(image):
     """Any PIL image, upright and as RGB; transparency over white, 16-bit gray scaled to 8."""
     image = PIL.ImageOps.exif_transpose(image)
@@ -212,7 +197,6 @@ def to_rgb(image):
     return image.convert("RGB")
 def crop_resize(image, resolution, filter):  # the largest centred square, resized
     return PIL.ImageOps.fit(image, (resolution, resolution), filter)
-
 def read_depth(png):
     """Depth from the bytes of a PNG of any bit depth. -> float32 (H, W)"""
     wide = png[:8] == b"\x89PNG\r\n\x1a\n" and png[24:26] == b"\x10\x04"
@@ -325,18 +309,15 @@ SOLIDS = {
     "torus": lambda x, y, z: length(length(x, y) - 0.68, z) - 0.32,
     "capsule": lambda x, y, z: length(x, y - y.clip(-0.5, 0.5), z) - 0.5,
     "octahedron": lambda x, y, z: (abs(x) + abs(y) + abs(z) - 1.1) * 0.577,
-    "snowman": lambda x, y, z: np.minimum(length(x, y + 0.4, z) - 0.6, length(x, y - 0.45, z) - 0.45),
-}
-
+    "snowman": lambda x, y, z: np.minimum(length(x, y + 0.4, z) - 0.6, length(x, y - 0.45, z) - 0.45)}
 class ShapesData:
     """Solids on a checkered ground under a sky, from cameras whose distribution is known. Item i is a function of i
     alone: ImageData's entries, true_depth float32 (1, R, R) in world units (sky: cfg.far), camera float32 (6,) in the
     order of CAMERA_PARAMETERS. Estimated depth is the true one, normalised, to some power, with a smooth error."""
-    num_classes, GROUND = len(SOLIDS), -0.11
+    num_classes, GROUND, __len__ = len(SOLIDS), -0.11, lambda self: 40_000
     def __init__(self, cfg):
         self.resolution, self.use_depth, self.distortion = cfg.resolution, cfg.depth != "none", cfg.depth_distortion
         self.far, self.labels = cfg.far, np.arange(len(self)) % self.num_classes
-    __len__ = lambda self: 40_000
     def fingerprint(self):
         return "shapes", self.distortion, self.far, hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     @staticmethod
@@ -346,29 +327,25 @@ class ShapesData:
     def true_cameras(self, n):
         return torch.from_numpy(np.stack([*map(self.true_camera, map(np.random.default_rng, range(n)), self.labels)]))
     def __getitem__(self, i):
-        rng, label, supersample = np.random.default_rng(i), int(self.labels[i]), 2 if self.resolution <= 64 else 1
+        rng, label, finer = np.random.default_rng(i), int(self.labels[i]), 2 if self.resolution <= 64 else 1
         c = torch.from_numpy(self.true_camera(rng, label))[None]
-        origin, ray = camera_rays(Camera(*c[:, :3].T, torch.ones(1), c[:, 3:]), self.resolution * supersample)
+        origin, ray = camera_rays(Camera(*c[:, :3].T, torch.ones(1), c[:, 3:]), self.resolution * finer)
         origin, ray = origin[0, 0].numpy(), ray[0].numpy()                            # (3,), (R², 3)
-        # sky, and on it the checkered ground out to `far`, darker near the solid
-        up = np.clip(ray[:, 1:2] * 1.5 + 0.75, 0, 1)
+        up = np.clip(ray[:, 1:2] * 1.5 + 0.75, 0, 1)     # sky; on it checkered ground out to `far`, dark near the solid
         color = (1 - up) * np.array([0.78, 0.86, 0.93]) + up * np.array([0.36, 0.55, 0.85])
         t = (self.GROUND - origin[1]) / np.minimum(ray[:, 1], -1e-6)
         on, depth = np.flatnonzero(t < self.far), np.minimum(t, self.far)
-        p = origin + t[on, None] * ray[on]
-        scale = rng.uniform(0.065, 0.095)
+        p, scale = origin + t[on, None] * ray[on], rng.uniform(0.065, 0.095)
         center = np.array([rng.uniform(-0.05, 0.05), self.GROUND + scale, rng.uniform(-0.05, 0.05)])
         ground = (0.42 + 0.3 * (np.floor(p[:, [0, 2]] / 0.1).sum(1, keepdims=True) % 2)) * np.array([1.0, 0.93, 0.82])
         ground = ground * (1 - 0.55 * np.exp(-((p - center)[:, [0, 2]] ** 2).sum(1) / scale ** 2))[:, None]
         fog = np.clip((t[on, None] - 1.1) / (self.far - 1.1), 0, 1) ** 2
         color[on] = (1 - fog) * ground + fog * color[on]
-        # the solid: sphere tracing of the rays that meet its bounding ball
         sdf, angle = list(SOLIDS.values())[label], rng.uniform(0, 2 * math.pi)
         turn = np.array([[math.cos(angle), 0, math.sin(angle)], [0, 1, 0], [-math.sin(angle), 0, math.cos(angle)]])
         o, d = turn @ (origin - center) / scale, (ray @ turn.T).astype(np.float64)
-        middle = -(d @ o)
-        gap = 1.5 ** 2 - (o @ o - middle ** 2)
-        hit = np.flatnonzero(gap > 0)
+        middle = -(d @ o)          # sphere tracing of the rays that meet the solid's bounding ball
+        hit = np.flatnonzero((gap := 1.5 ** 2 - (o @ o - middle ** 2)) > 0)
         d, s = d[hit], middle[hit] - np.sqrt(gap[hit])
         for _ in range(32):
             s = s + (distance := sdf(*(o + s[:, None] * d).T))
@@ -383,11 +360,11 @@ class ShapesData:
         rgb = value * (1 - saturation * np.clip(abs((hue * 6 + np.array([3, 1, 5])) % 6 - 3) - 1, 0, 1))
         band = np.sin(7 * p[:, 1] + 1) if label % 2 == 0 else np.sin(3 * np.arctan2(p[:, 2], p[:, 0]))
         color[hit], depth[hit] = rgb * (shade * np.where(band > 0, 1.0, 0.55))[:, None], s * scale
-        small = (self.resolution, supersample, self.resolution, supersample)  # average: the nearest depth would flicker
+        small = (self.resolution, finer, self.resolution, finer)        # average: the nearest depth would flicker
         image, depth = color.reshape(*small, 3).mean((1, 3)).clip(0, 1), depth.reshape(small).mean((1, 3))
-        item = dict(image=torch.from_numpy((image.transpose(2, 0, 1) * 255).round().astype(np.uint8)), label=label,
-                    true_depth=torch.from_numpy(depth[None].astype(np.float32)), camera=c[0], bad=[])
-        return {**item, "depth": self.estimate(rng, depth)} if self.use_depth else item
+        return dict(image=torch.from_numpy((image.transpose(2, 0, 1) * 255).round().astype(np.uint8)), label=label,
+                    true_depth=torch.from_numpy(depth[None].astype(np.float32)), camera=c[0], bad=[],
+                    **(dict(depth=self.estimate(rng, depth)) if self.use_depth else {}))
     def estimate(self, rng, depth):  # true (R, R) -> float32 (1, R, R) in [-1, 1], as a monocular estimator might say
         k, R, pad = self.distortion, self.resolution, self.resolution // 8
         d = ((depth - depth.min()) / max(depth.max() - depth.min(), 1e-6)) ** (1 + k * (rng.uniform(0.5, 1.1) - 1))
@@ -395,7 +372,6 @@ class ShapesData:
         d = torch.from_numpy(d + k * 0.04 * (u[:, None] * u + v[:, None] * v))[None, None]
         d = blur(F.pad(d, (pad,) * 4, mode="replicate"), k * R / 64)[0, :, pad:-pad, pad:-pad]
         return (2 * (d - d.min()) / max(d.max() - d.min(), 1e-6) - 1).float()
-
 def open_data(cfg):
     """The data set that cfg.data names. Photographs without depth are prepared first."""
     if cfg.data == "shapes":
@@ -411,7 +387,6 @@ def open_data(cfg):
         sys.modules.setdefault("tdgp", sys.modules[__name__])   # what lereS_depth knows this file as
         import lereS_depth
         return ImageData(cfg, lereS_depth.prepare_for_training(cfg, source, root))
-
 def collate(items):
     """Stack what can be stacked; failed items carry only their names."""
     bad = [name for item in items for name in item["bad"]]
@@ -434,7 +409,6 @@ class MirroredData(torch.utils.data.Dataset):
             item.update({k: item[k].flip(-1) for k in ("image", "depth", "true_depth") if k in item})
             item.update({k: item[k] * torch.tensor([-1, 1, 1, -1, 1, 1]) for k in ["camera"] if k in item})
         return item
-
 class Batches:
     """Endless batches of indices for this process from a step on: a function of seed and step, so that a resumed run
     sees what an undisturbed one would. Epochs are permutations of the data (and of its mirror image)."""
@@ -449,11 +423,9 @@ class Batches:
 # ---- Ops: equalised layers (StyleGAN2, Karras et al. 2020), FIR resampling, tri-plane lookup -------------------------
 def normalize_2nd_moment(x):
     return x * (x.square().mean(dim=1, keepdim=True) + 1e-8).rsqrt()
-
 # Leaky ReLU's gain of sqrt(2) keeps the variance. It commutes with the activation: put into the weights, it is free.
 leaky_relu = functools.partial(F.leaky_relu, negative_slope=0.2)
 GAIN = {leaky_relu: math.sqrt(2), F.softplus: 1.0, None: 1.0}
-
 class Linear(nn.Module):
     """Equalised linear layer: weights of unit variance / lr_mult, scaled when used. (B, in) -> (B, out)"""
     def __init__(self, in_features, out_features, activation=None, lr_mult=1.0, bias_init=0.0):
@@ -466,7 +438,6 @@ class Linear(nn.Module):
     def forward(self, x):
         x = F.linear(x, *self.effective())
         return self.activation(x) if self.activation else x
-
 class Conv2d(nn.Module):
     """Equalised convolution that keeps the size; down=2 filters, then halves it. (B, in, H, W) -> (B, out, ., .)"""
     def __init__(self, in_channels, out_channels, kernel_size, activation=None, bias=True, down=1, gain=1.0):
@@ -479,33 +450,26 @@ class Conv2d(nn.Module):
         if self.down == 2:  # the FIR's own padding, and then the convolution's; a 1x1 one reads every other pixel alone
             x, padding, stride = (fir_filter(x, padding + 1), 0, 2) if padding else (fir_filter(x, 1, stride=2), 0, 1)
         weight = (self.weight * (self.gain / math.sqrt(self.weight[0].numel()))).to(x.dtype)
-        bias = None if self.bias is None else (self.bias * self.gain).to(x.dtype)
-        x = F.conv2d(x, weight, bias, stride, padding)
+        x = F.conv2d(x, weight, None if self.bias is None else (self.bias * self.gain).to(x.dtype), stride, padding)
         return self.activation(x) if self.activation else x
-
 def fir_filter(x, padding, gain=1.0, stride=1):
     """Low-pass with the separable filter [1, 3, 3, 1] / 8, zero padding. (B, C, H, W) -> (B, C, H+2p-3, W+2p-3)"""
     f = x.new_tensor([1.0, 3.0, 3.0, 1.0]) * (math.sqrt(gain) / 8)
     return F.conv2d(x, (f[:, None] * f).expand(x.shape[1], 1, 4, 4), None, stride, padding, groups=x.shape[1])
-
 def upsample(x):
     """Factor 2: zeros between pixels, then the FIR with gain 4, as one polyphase step: an output pixel is 3/4 of its
     nearest input pixel and 1/4 of the next one, in both directions. (B, C, H, W) -> (B, C, 2H, 2W)"""
     for dim in (2, 3):
-        padded = F.pad(x, (0, 0) * (3 - dim) + (1, 1))
-        x = torch.stack([x.lerp(padded.narrow(dim, k, x.shape[dim]), 0.25) for k in (0, 2)], dim + 1)
-        x = x.flatten(dim, dim + 1)
+        wide, n = F.pad(x, (0, 0) * (3 - dim) + (1, 1)), x.shape[dim]
+        x = torch.stack([x.lerp(wide.narrow(dim, k, n), 0.25) for k in (0, 2)], dim + 1).flatten(dim, dim + 1)
     return x
-
 def sample_triplane(planes, points, box):
     """Mean of the bilinear lookups in planes xy, xz, yz (width, then height); EG3D, Chan et al. 2022, section 4.
     planes (B, 3, C, T, T), zero outside; points (B, N, 3) in world units; box: half size of the planes -> (B, N, C)"""
     uv = torch.stack([points[..., :2], points[..., ::2], points[..., 1:]], 1).flatten(0, 1) / box           # (3B, N, 2)
     features = F.grid_sample(planes.flatten(0, 1), uv[:, None], "bilinear", "zeros", align_corners=True)  # 3B, C, 1, N
     return features.unflatten(0, (-1, 3)).mean(1).squeeze(2).transpose(1, 2)          # (B, N, C)
-
-# The same in one pass, with or without the decoder behind it: custom_ops.cu, compiled when it is first used. A custom
-# operator and no autograd.Function: torch.compile then knows its shapes and leaves it alone.
+# The same in one pass. A custom operator and no autograd.Function: torch.compile knows its shapes and leaves it alone.
 @functools.cache
 def custom_ops(device_type):
     """A function that calls custom_ops.cu on "cuda" or "cpu"; without it None, and one line that says why. It compiles
@@ -539,8 +503,7 @@ def custom_ops(device_type):
         proto = ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_int, *[ctypes.c_void_p] * 2, ctypes.c_double, ctypes.c_int64)
         function = proto(("triplane", ctypes.CDLL(str(library))))
         def call(dtype, size, pointers, box, context):
-            error = function(dtype, (ctypes.c_int64 * 8)(*size), (ctypes.c_void_p * 8)(*pointers), box, context)
-            if error:
+            if error := function(dtype, (ctypes.c_int64 * 8)(*size), (ctypes.c_void_p * 8)(*pointers), box, context):
                 raise RuntimeError(f"custom_ops.cu: {error.decode()}")
         x = torch.zeros(4, device=device_type)   # try it: a driver may be too old for what compiles
         call(0, [1] * 8, [x.data_ptr(), x.data_ptr(), None, x.data_ptr()], 1, 0 if cuda else 1)
@@ -548,11 +511,9 @@ def custom_ops(device_type):
     except Exception as e:  # no compiler, no ninja, nowhere to write, a build that fails: the plain path does as well
         reason = max(str(e).splitlines() or [type(e).__name__], key=lambda x: "error:" in x or "not found" in x)
         say(f"custom_ops.cu is not used but PyTorch's own operators, with the same results: {reason}")
-
 @torch.compiler.assume_constant_result
 def has_custom_ops(device_type):
     return device_type in ("cpu", "cuda") and custom_ops(device_type) is not None
-
 def call_custom_ops(planes, points, box, decoder, *rest):
     """rest: out, grad, grad_planes, grad_points, grad_decoder, or the first of them; empty: none."""
     (B, three, C, T, width), N = planes.shape, points.shape[1]
@@ -571,11 +532,9 @@ def call_custom_ops(planes, points, box, decoder, *rest):
     with torch.cuda.device_of(planes):   # does nothing on a CPU
         context = torch.cuda.current_stream().cuda_stream if planes.is_cuda else torch.get_num_threads()
         custom_ops(planes.device.type)(dtypes.index(planes.dtype), size, pointers, box, context)
-
 def channels_last(planes):
     """(B, 3, C, T, T) as before, with the channels of a pixel adjacent in memory."""
     return planes.movedim(2, 4).contiguous().movedim(4, 2)
-
 @torch.library.custom_op("threedgp::triplane", mutates_args=())
 def triplane(planes: torch.Tensor, points: torch.Tensor, box: float, decoder: torch.Tensor) -> torch.Tensor:
     """`sample_triplane`, or with `TriplaneDecoder.packed()` for a decoder what that makes of the features: (B, N, 4).
@@ -584,7 +543,6 @@ def triplane(planes: torch.Tensor, points: torch.Tensor, box: float, decoder: to
     out = points.new_empty(*points.shape[:2], 4 if len(decoder) else planes.shape[2])
     call_custom_ops(planes, points, box, decoder, out)
     return out
-
 @torch.library.custom_op("threedgp::triplane_backward", mutates_args=())
 def triplane_backward(planes: torch.Tensor, points: torch.Tensor, box: float, decoder: torch.Tensor, grad: torch.Tensor
                       ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -605,7 +563,6 @@ def triplane_autograd(ctx, grad):
     planes, points, decoder = ctx.saved_tensors
     grads = triplane_backward(planes, points, ctx.box, decoder, grad)
     return grads[0], grads[1], None, grads[2]
-
 triplane.register_fake(lambda planes, points, box, decoder: points.new_empty(
     *points.shape[:2], 4 if len(decoder) else planes.shape[2]))
 triplane_backward.register_fake(lambda planes, points, box, decoder, grad: (
@@ -613,23 +570,21 @@ triplane_backward.register_fake(lambda planes, points, box, decoder, grad: (
 triplane.register_autograd(triplane_autograd, setup_context=triplane_context)
 
 # ---- Camera ("ball in sphere", paper section 3.2), camera generator and its regularisers, patches --------------------
-class Camera(NamedTuple):
+class Camera(typing.NamedTuple):
     """A camera on a sphere that looks at a point of a small inner ball. Roll is 0."""
     yaw: torch.Tensor      # (B,) radians
     pitch: torch.Tensor    # (B,) radians; the horizon is pi/2
     fov: torch.Tensor      # (B,) degrees
     radius: torch.Tensor   # (B,) world units
     look_at: torch.Tensor  # (B, 3) yaw, pitch, radius of the point looked at
-class Patch(NamedTuple):
+class Patch(typing.NamedTuple):
     """A square cut-out: `scale` in (0, 1] of the image's side, `offset` of its left and bottom in [0, 1 - scale]."""
     scale: torch.Tensor   # (B,)
     offset: torch.Tensor  # (B, 2) x, y
 def rows(t, start, stop=None):
     """Rows start to stop, or those whose indices `start` holds, of every tensor in a named tuple."""
     return type(t)(*(x[start if stop is None else slice(start, stop)] for x in t))
-
 CAMERA_PARAMETERS = ("yaw", "pitch", "fov", "look_at_yaw", "look_at_pitch", "look_at_radius")
-
 def camera_parameters(camera):
     """The six free parameters, in the order of CAMERA_PARAMETERS. -> (B, 6)"""
     return torch.cat([torch.stack([camera.yaw, camera.pitch, camera.fov], 1), camera.look_at], 1)
@@ -637,7 +592,6 @@ def camera_ranges(cfg, device="cpu"):
     """Prior range of each of the six parameters. -> (6, 2)"""
     return torch.tensor([cfg.prior_yaw, cfg.prior_pitch, cfg.prior_fov, (-math.pi, math.pi), (0.0, math.pi),
                          cfg.prior_look_at], device=device)
-
 def sample_camera_prior(cfg, n, device):
     """n cameras with every parameter uniform in its range and the look-at direction uniform on the sphere."""
     low, high = camera_ranges(cfg, device).unbind(1)
@@ -651,7 +605,6 @@ def frontal_camera(cfg, n, device):
 def spherical_to_cartesian(yaw, pitch, radius):
     """(B,) each -> (B, 3). y is up; yaw 0 lies on +z."""
     return torch.stack([radius * pitch.sin() * (-yaw).sin(), radius * pitch.cos(), radius * pitch.sin() * yaw.cos()], 1)
-
 def cam2world(camera):
     """Camera-to-world matrices; the camera looks along its own -z, x is right, y is up. -> (B, 4, 4)"""
     origin = spherical_to_cartesian(camera.yaw, camera.pitch, camera.radius)          # (B, 3)
@@ -660,13 +613,11 @@ def cam2world(camera):
     up = F.normalize(torch.linalg.cross(forward, left), dim=1)
     top = torch.stack([-left, up, -forward, origin], dim=2)                           # (B, 3, 4)
     return torch.cat([top, origin.new_tensor([0.0, 0.0, 0.0, 1.0]).expand(len(origin), 1, 4)], dim=1)
-
 def patch_grid(patch, n, resolution, device):
     """Coordinates of the pixels of an image or a patch, corners included: x right, y up, in [-1, 1]. -> (n, H, W, 2)"""
     line = torch.linspace(-1, 1, resolution, device=device)
     xy = torch.stack(torch.meshgrid(line, -line, indexing="xy"), dim=-1).expand(n, -1, -1, -1)
     return xy if patch is None else (xy + 1) * patch.scale.view(n, 1, 1, 1) - 1 + 2 * patch.offset.view(n, 1, 1, 2)
-
 def camera_rays(camera, resolution, patch=None):
     """One ray per pixel, rows from the top. -> origins, unit directions, both (B, resolution², 3), in world units."""
     n, pose = len(camera.yaw), cam2world(camera)
@@ -681,14 +632,12 @@ class CameraAdaptor(nn.Module):
     def __init__(self, in_features, z_dim, num_classes, out_features, lr_mult):
         super().__init__()
         fc = lambda i, o, activation=F.softplus: Linear(i, o, activation, lr_mult)
-        self.project_params = fc(in_features, 256)
-        self.project_z = fc(z_dim, 16) if z_dim else None
+        self.project_params, self.project_z = fc(in_features, 256), fc(z_dim, 16) if z_dim else None
         self.project_c = fc(num_classes, 16) if num_classes else None
         self.main = nn.Sequential(fc(256 + 16 * (bool(z_dim) + bool(num_classes)), 256), fc(256, out_features, None))
     def forward(self, params, z, c):  # (B, in), (B, z_dim), (B, num_classes) -> (B, out)
         extra = [normalize_2nd_moment(f(x)) for f, x in ((self.project_z, z), (self.project_c, c)) if f is not None]
         return self.main(torch.cat([self.project_params(params), *extra], 1))
-
 class CameraGenerator(nn.Module):
     """Maps a prior camera to a posterior one (paper section 3.2). The origin sees the class, the look-at also z."""
     def __init__(self, cfg):
@@ -706,14 +655,12 @@ class CameraGenerator(nn.Module):
         look_at = self.look_at_adaptor(torch.cat([origin[:, :3], p[:, 2:3], origin[:, 3:], p[:, 3:]], 1), z, c)
         q = torch.cat([origin[:, :2], look_at], 1).sigmoid() * (high - low) + low     # (B, 6)
         return Camera(q[:, 0], q[:, 1].clamp(*self.pitch), q[:, 2], prior.radius, q[:, 3:])
-
 def emd_1d(a, b):
     """Squared-cost optimal transport between equal numbers of scalars: in 1-D, sort both. a, b (n, ...) -> (...)"""
     return (a.sort(0).values - b.sort(0).values).square().mean(0)
 def camera_emd(prior, posterior):
     """Earth mover's distance of each of the six camera parameters, in squared radians or degrees. -> (6,)"""
     return emd_1d(camera_parameters(prior), camera_parameters(posterior))
-
 def camera_gradient_penalty(camera_generator, prior, z, c):
     """The paper's regulariser: |g| + 1 / (|g| + 1e-4), g = d posterior_i / d prior_i, mean over samples. -> (6,)"""
     p = camera_parameters(prior).detach().requires_grad_()
@@ -727,7 +674,6 @@ def sample_patch(cfg, n, kimg):
     scale = s_min + (1 - s_min) * (1 - torch.rand(groups, dtype=torch.float64) ** (1 / b))    # Beta(1, b) by inversion
     offset = torch.rand(groups, 2, dtype=torch.float64) * (1 - scale[:, None])
     return Patch(*(x.float().repeat_interleave(MBSTD_GROUP, 0)[:n] for x in (scale, offset)))
-
 def extract_patch(image, patch, resolution):
     """Cut patches out of images, bilinear, by the coordinates `camera_rays` uses. (B, ., H, W) -> (B, ., P, P)"""
     grid = patch_grid(patch, len(image), resolution, image.device) * image.new_tensor([1.0, -1.0])
@@ -740,7 +686,6 @@ def stratified_depths(near, far, shape, samples, random, device):
     edges = torch.cat([grid[:1], (grid[1:] + grid[:-1]) / 2, grid[-1:]])              # (S+1,)
     u = torch.rand(*shape, samples, device=device) if random else torch.full((*shape, samples), 0.5, device=device)
     return edges[:-1] + edges.diff() * u
-
 @torch.no_grad()
 def importance_depths(depths, weights, u):
     """Invert the piecewise constant distribution of the coarse weights between midpoints of `depths`. No gradient.
@@ -752,13 +697,11 @@ def importance_depths(depths, weights, u):
     below, above = (above - 1).clamp(min=0), above.clamp(max=cdf.shape[-1] - 1)
     (b0, b1), (c0, c1) = ([x.gather(-1, i) for i in (below, above)] for x in (bins, cdf))
     return b0 + (u - c0) / torch.where(c1 - c0 < 1e-5, 1.0, c1 - c0) * (b1 - b0)
-
 def ray_weights(sigma_raw, depths, density_scale=1.0):
     """alpha_i = 1 - exp(-delta_i softplus(sigma_i)); weight = alpha x transmittance. (..., S), (..., S) -> (..., S)"""
     delta = F.pad(depths.diff(dim=-1), (0, 1), value=1e10)
     alpha = 1 - torch.exp(-density_scale * delta * F.softplus(sigma_raw))
     return alpha * F.pad(1 - alpha[..., :-1] + 1e-10, (1, 0), value=1.0).cumprod(-1)
-
 def march_rays(rgb, sigma_raw, depths):
     """Composite rgb (..., S, 3) by sigma_raw, sorted depths (..., S) -> rgb (..., 3), depth (...), weights (..., S)"""
     weights = ray_weights(sigma_raw, depths)
@@ -777,7 +720,6 @@ class TriplaneDecoder(nn.Module):
         (w1, b1), (w2, b2) = self.model[0].effective(), self.model[1].effective()
         width = 16 if w1.shape[1] <= 16 and not w1.is_cuda else 32
         return torch.cat([F.pad(w1, (0, width - w1.shape[1])).flatten(), b1, w2.flatten(), b2])
-
 def query_triplane(planes, points, box, decoder, fused):
     """Colour and density at points: `decoder(sample_triplane(planes, points, box))`, fused or not.
     planes (B, 3, C, T, T), points (B, N, 3) in world units -> rgb (B, N, 3), sigma_raw (B, N)"""
@@ -801,14 +743,14 @@ class MappingNetwork(nn.Module):
         inputs = [z, self.embed(c) if self.embed is not None else None]
         return self.fc1(self.fc0(torch.cat([normalize_2nd_moment(x) for x in inputs if x is not None], 1)))
 
+def modulated(i, o, w_dim, size):  # a convolution whose input is scaled by a style -> w's layer, weights, bias
+    return Linear(w_dim, i, bias_init=1), nn.Parameter(torch.randn(o, i, size, size)), nn.Parameter(torch.zeros(o))
 class SynthesisLayer(nn.Module):
     """3x3 modulated and demodulated convolution, noise, leaky ReLU. up=2 doubles the resolution. The batch shares the
     weights: the style scales the input, the demodulation the output, to the same effect (StyleGAN2, equations 1, 3)."""
     def __init__(self, in_channels, out_channels, w_dim, resolution, up=1):
         super().__init__()
-        self.affine = Linear(w_dim, in_channels, bias_init=1)
-        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, 3, 3))
-        self.bias = nn.Parameter(torch.zeros(out_channels))
+        self.affine, self.weight, self.bias = modulated(in_channels, out_channels, w_dim, 3)
         self.register_buffer("noise_const", torch.randn(resolution, resolution))
         self.noise_strength, self.up = nn.Parameter(torch.zeros([])), up
     def forward(self, x, w, noise):  # (B, in, H, W), (B, w_dim) -> (B, out, up H, up W)
@@ -824,18 +766,14 @@ class SynthesisLayer(nn.Module):
             n = torch.randn(len(x), 1, *x.shape[2:], device=x.device) if noise == "random" else self.noise_const
             bias = bias + n * self.noise_strength
         return leaky_relu(torch.addcmul((bias * gain).to(x.dtype), x, (demod * gain)[:, :, None, None].to(x.dtype)))
-
 class ToRGB(nn.Module):
     """1x1 modulated convolution (not demodulated) to the tri-plane's channels."""
     def __init__(self, in_channels, out_channels, w_dim):
         super().__init__()
-        self.affine = Linear(w_dim, in_channels, bias_init=1)
-        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, 1, 1))
-        self.bias = nn.Parameter(torch.zeros(out_channels))
+        self.affine, self.weight, self.bias = modulated(in_channels, out_channels, w_dim, 1)
     def forward(self, x, w):  # (B, in, H, W), (B, w_dim) -> (B, out, H, W)
         style = self.affine(w) / math.sqrt(self.weight.shape[1])
         return F.conv2d(x * style[:, :, None, None].to(x.dtype), self.weight.to(x.dtype), self.bias.to(x.dtype))
-
 class SynthesisBlock(nn.Module):
     """Doubles the resolution (but for the first), then adds to the upsampled skip."""
     def __init__(self, in_channels, out_channels, w_dim, resolution, out_planes):
@@ -853,21 +791,17 @@ class SynthesisBlock(nn.Module):
         return x, y if skip is None else upsample(skip) + y
 def channels(cfg, resolution):
     return min(cfg.channel_base // resolution, cfg.channel_max)
-
-class TriplaneBackbone(nn.Module):
+class TriplaneBackbone(nn.ModuleDict):
     """StyleGAN2 synthesis network with 3 x C output channels."""
     def __init__(self, cfg):
-        super().__init__()
-        self.features = cfg.triplane_features
-        self.resolutions = [2 ** i for i in range(2, int(math.log2(cfg.triplane_resolution)) + 1)]
-        for r in self.resolutions:
-            in_channels = channels(cfg, r // 2) if r > 4 else 0
-            setattr(self, f"b{r}", SynthesisBlock(in_channels, channels(cfg, r), cfg.w_dim, r, 3 * self.features))
+        widths = lambda r: (channels(cfg, r // 2) if r > 4 else 0, channels(cfg, r))
+        super().__init__({f"b{r}": SynthesisBlock(*widths(r), cfg.w_dim, r, 3 * cfg.triplane_features)
+                          for r in (2 ** i for i in range(2, int(math.log2(cfg.triplane_resolution)) + 1))})
     def forward(self, w, noise="const"):  # (B, w_dim), "const", "random" or "none" -> (B, 3, C, T, T)
         x = planes = None
-        for r in self.resolutions:
-            x, planes = getattr(self, f"b{r}")(x, planes, w, noise)
-        return planes.view(len(w), 3, self.features, *planes.shape[2:])
+        for block in self.values():
+            x, planes = block(x, planes, w, noise)
+        return planes.unflatten(1, (3, -1))
 
 class DepthAdaptor(nn.Module):
     """Makes rendered depth look like estimated depth (paper section 3.1). Candidate 0 is the depth, to about [-1, 1]
@@ -875,6 +809,7 @@ class DepthAdaptor(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.near, self.far, width = cfg.near, cfg.far, cfg.adaptor_channels
+        self.level = 0 if cfg.depth_adaptor == "never" else 3   # looked at outside training: the last, if it is trained
         self.near_plane_offset_raw = nn.Parameter(torch.tensor([-3.0]))
         self.layers = nn.ModuleList(Conv2d(i, width, 5, leaky_relu) for i in (1, width, width))
         self.head = Conv2d(width, 1, 1)
@@ -901,28 +836,20 @@ class DepthAdaptor(nn.Module):
         return torch.cat(out)[torch.cat(order).argsort()]
 def sample_adaptor_choice(cfg, n, kimg):
     """Which candidate each of n training samples takes. -> int64 (n,)"""
-    if cfg.depth_adaptor == "random":  # linear in the index, and the first one's share is p
-        p = schedules(cfg, kimg)["raw_depth_share"]
-        probabilities = p + torch.arange(4) * (1 - 4 * p) / 6
-    else:
-        share = {"never": 0.0, "half": 0.5, "always": 1.0}[cfg.depth_adaptor]
-        probabilities = torch.tensor([1 - share, 0, 0, share])
-    return torch.multinomial(probabilities, n, replacement=True)
-def evaluation_level(cfg):
-    """The candidate that is looked at outside training: the last, unless that is never trained."""
-    return 0 if cfg.depth_adaptor == "never" else 3
+    p = schedules(cfg, kimg)["raw_depth_share"]     # random: linear in the index, and the first one's share is p
+    probabilities = {"random": p + torch.arange(4) * (1 - 4 * p) / 6, "never": torch.tensor([1.0, 0, 0, 0]),
+                     "half": torch.tensor([0.5, 0, 0, 0.5]), "always": torch.tensor([0, 0, 0, 1.0])}
+    return torch.multinomial(probabilities[cfg.depth_adaptor], n, replacement=True)
 
 class Generator(nn.Module):
     """z and class -> w -> tri-planes -> image and depth from a camera. Ray samples are random in training mode only."""
     def __init__(self, cfg):
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.density_noise = cfg, 0.0   # a standard deviation, set by the training loop
         self.mapping_network = MappingNetwork(cfg.z_dim, cfg.num_classes, cfg.w_dim)
-        self.backbone = TriplaneBackbone(cfg)
-        self.decoder = TriplaneDecoder(cfg.triplane_features)
+        self.backbone, self.decoder = TriplaneBackbone(cfg), TriplaneDecoder(cfg.triplane_features)
         self.camera_generator = CameraGenerator(cfg) if cfg.camera == "learned" else None
         self.depth_adaptor = DepthAdaptor(cfg) if cfg.depth != "none" else None
-        self.density_noise = 0.0   # standard deviation, set by the training loop
     def query(self, planes, origins, directions, depths, fused):
         """Colour and density at `depths` (B, R, S) on rays (B, R, 3). -> rgb (B, R, S, 3), sigma_raw (B, R, S)"""
         points = origins[:, :, None] + depths[..., None] * directions[:, :, None]      # (B, R, S, 3)
@@ -966,17 +893,14 @@ class Generator(nn.Module):
         if self.camera_generator is not None:
             return self.camera_generator(prior, z, c)
         return prior if self.cfg.camera == "prior" else frontal_camera(self.cfg, len(z), z.device)
-
 def mean_camera(G, c, draws=64):
     """The mean of the posterior cameras of each class in c (B,). -> Camera of B"""
-    seed_draws(G.cfg.seed, -1, "mean camera", 0)
-    z, _, prior = draw_latents(G.cfg, draws, c)        # the same draws for all
+    z, _, prior = draw_latents(G.cfg, draws, c, "mean camera")        # the same draws for all
     many = Camera(*(x.repeat(len(c), *[1] * (x.ndim - 1)) for x in prior))
     posterior = G.pose(many, z.repeat(len(c), 1), c.repeat_interleave(draws))
     return Camera(*(x.view(len(c), draws, *x.shape[1:]).mean(1) for x in posterior))
 def autocast(cfg, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
-
 def synthesize(G, z, c, prior, choice, patch=None):
     """z (B, z_dim), c (B,), prior Camera, choice (B,) of the depth candidate, patch (None: the whole image) -> what the
     discriminator sees (paper figure 2): RGB and adapted depth (B, 4, P, P) (3 channels without depth); w (B, w_dim)"""
@@ -994,15 +918,13 @@ class PatchEncoder(nn.Module):
     """Scale and offset, each as sines, cosines and a learned embedding of 1000 x value. (B, 3) -> (B, 828)"""
     def __init__(self):
         super().__init__()
-        self.const_embed = nn.Embedding(1001, 256)
-        self.fourier_encoder = nn.Module()
+        self.const_embed, self.fourier_encoder = nn.Embedding(1001, 256), nn.Module()
         self.fourier_encoder.register_buffer("fourier_coefs", math.pi * 2.0 ** torch.arange(10) / 1024)
     def forward(self, values):
         x = values * 1000                                                             # (B, 3)
         phase = x[..., None] * self.fourier_encoder.fourier_coefs                     # (B, 3, 10)
         embedded = self.const_embed(x.round().long().clamp(0, 1000))                  # (B, 3, 256)
         return torch.cat([phase.sin(), phase.cos(), embedded], -1).flatten(1)
-
 class DiscriminatorBlock(nn.Module):
     """Residual block; the second convolution's input is modulated by the patch. down=1 keeps the resolution."""
     def __init__(self, img_channels, in_channels, out_channels, down):
@@ -1014,39 +936,31 @@ class DiscriminatorBlock(nn.Module):
         self.skip = Conv2d(in_channels, out_channels, 1, bias=False, down=down, gain=math.sqrt(0.5))
     def forward(self, x, h):  # (B, in, H, W), (B, 512) -> (B, out, H/down, W/down)
         x = x if self.fromrgb is None else self.fromrgb(x)
-        y = self.conv0(x)
-        y = y * (1 + self.conv1.affine(h).tanh())[:, :, None, None].to(y.dtype)
-        return self.skip(x) + self.conv1(y)
-
+        modulation = (1 + self.conv1.affine(h).tanh())[:, :, None, None].to(x.dtype)  # (B, in, 1, 1)
+        return self.skip(x) + self.conv1(self.conv0(x) * modulation)
 def minibatch_std(x):
     """Append the mean standard deviation over groups of consecutive images. (B, C, H, W) -> (B, C+1, H, W)"""
     B, C, H, W = x.shape
     group = x.view(-1, min(MBSTD_GROUP, B), C, H, W)
     std = (group.var(dim=1, unbiased=False) + 1e-8).sqrt().mean(dim=(1, 2, 3))         # (B / 4,)
-    std = std.repeat_interleave(group.shape[1]).view(B, 1, 1, 1).expand(-1, 1, H, W)
-    return torch.cat([x, std], 1)
-
+    return torch.cat([x, std.repeat_interleave(group.shape[1]).view(B, 1, 1, 1).expand(-1, 1, H, W)], 1)
 class DiscriminatorEpilogue(nn.Module):
     """4x4 features -> score vector, and the prediction of the teacher's features."""
     def __init__(self, in_channels, teacher_dim):
         super().__init__()
         self.conv = Conv2d(in_channels + 1, in_channels, 3, leaky_relu)
-        self.fc = Linear(in_channels * 16, in_channels, leaky_relu)
-        self.out = Linear(in_channels, in_channels)
+        self.fc, self.out = Linear(in_channels * 16, in_channels, leaky_relu), Linear(in_channels, in_channels)
         self.feat_out = nn.Sequential(Linear(in_channels * 16, in_channels, leaky_relu),
                                       Linear(in_channels, teacher_dim)) if teacher_dim else None
     def forward(self, x):  # (B, C, 4, 4) -> (B, C), (B, teacher_dim) or None
         x = self.conv(minibatch_std(x)).flatten(1)
         return self.out(self.fc(x)), self.feat_out(x) if self.feat_out is not None else None
-
 class Discriminator(nn.Module):
     """StyleGAN2's residual discriminator on patches, as wide as one for whole images: its first blocks keep size."""
     def __init__(self, cfg):
         super().__init__()
-        self.num_classes = cfg.num_classes
-        img_channels = 3 if cfg.depth == "none" else 4
-        self.scalar_enc = PatchEncoder()
-        self.hyper_mod_mapping = MappingNetwork(0, 828, 512)
+        self.num_classes, img_channels = cfg.num_classes, 3 if cfg.depth == "none" else 4
+        self.scalar_enc, self.hyper_mod_mapping = PatchEncoder(), MappingNetwork(0, 828, 512)
         self.resolutions = [2 ** i for i in range(int(math.log2(cfg.resolution)), 2, -1)]
         for r in self.resolutions:
             widths = img_channels if r == cfg.resolution else 0, channels(cfg, r), channels(cfg, r // 2)
@@ -1116,8 +1030,10 @@ def r1_penalty(score, image):
 def distillation_distance(predicted, target):
     """L2 distance of predicted and teacher features (paper section 3.4). (B, F), (B, F) -> (B,)"""
     return (predicted - target).norm(dim=1)
-def draw_latents(cfg, n, labels):
-    """n draws of z ~ N(0, I), a class by the frequencies in the data's labels (N,), and a prior camera."""
+def draw_latents(cfg, n, labels, phase=""):
+    """n draws of z ~ N(0, I), a class by the data's labels (N,), a prior camera; always the same ones in a phase."""
+    if phase:
+        seed_draws(cfg.seed, -1, phase, 0)
     z = torch.randn(n, cfg.z_dim, device=labels.device)
     c = labels[torch.randint(max(len(labels), 1), (n,), device=z.device)] if cfg.num_classes else z.new_zeros(n).long()
     return z, c, sample_camera_prior(cfg, n, z.device)
@@ -1151,7 +1067,6 @@ def frechet_distance(a, b):
 def gaussian(x):
     """Mean and covariance of features (N, F), in float64."""
     return x.double().mean(0), x.double().t().cov()
-
 def kernel_distance(a, b, subsets=100, size=1000):
     """KID (Binkowski et al. 2018): unbiased squared MMD with the kernel (x.y / F + 1)³, mean over random subsets."""
     random, n, total = torch.Generator().manual_seed(0), min(size, len(a), len(b)), 0.0
@@ -1161,7 +1076,6 @@ def kernel_distance(a, b, subsets=100, size=1000):
         xx, yy = kernel(x, x), kernel(y, y)
         total += float((xx.sum() - xx.trace() + yy.sum() - yy.trace()) / (n * (n - 1)) - 2 * kernel(x, y).mean())
     return total / subsets
-
 def precision_recall(real, fake, k=3):
     """Share of fakes (M, F) as near to a real (N, F) as its k-th neighbour, and reverse (Kynkaanniemi et al. 2019)"""
     def covered(x, by):
@@ -1220,14 +1134,12 @@ def parse_metrics(text):
             raise UserError(f"--metrics {item}: must be fid, kid, is, pr or nfs and a number from 8 on, as in fid50k")
         out.append((found[1], found[2] + found[3], n))
     return out
-
 def open_detector(options, device):
     """Checks --metrics and --detector. -> Detector, or None where no metric needs one"""
     kinds = {kind for kind, _, _ in parse_metrics(options.metrics)}
     if "is" in kinds and options.detector == "area8":
         raise UserError("--metrics: area8 gives no class probabilities, which is needs; choose another --detector")
     return Detector(options.detector, device) if kinds - {"nfs"} else None
-
 def share(n, rank, world):
     """Items of this process when n are dealt out; all get the same number, so that some wrap round."""
     return [i % n for i in range(rank, -(-n // world) * world, world)]
@@ -1235,7 +1147,6 @@ def batches(items, cfg, rank, desc):
     """Items, a tensor or a list, in parts that fit into memory, with a progress bar."""
     n = max(1, min(16, 2 ** 18 // cfg.resolution ** 2))
     return tqdm([items[i:i + n] for i in range(0, len(items), n)], desc, unit="batch", disable=rank > 0, leave=False)
-
 def collect(batches, n, keep, rank, world):
     """All processes' `batches` (B, F) of `share` -> first `keep` rows; mean (F,), covariance (F, F) of n in float64"""
     parts, total, i = [], 0, rank
@@ -1251,11 +1162,9 @@ def collect(batches, n, keep, rank, world):
         x = torch.stack(parts, 1).flatten(0, 1)
     mean = total[0, 1:] / n
     return x[:keep], mean, (total[1:, 1:] - n * torch.outer(mean, mean)) / (n - 1)
-
 def real_statistics(cfg, data, detector, device, reals, keep, rank, world):
     """`collect` of the data and its mirror image, or of `reals` of them; kept on disk."""
-    total = len(data) * (2 if cfg.mirror else 1)
-    n = min(reals or total, total)
+    n = min(reals or math.inf, total := len(data) * (2 if cfg.mirror else 1))
     key = repr((data.fingerprint(), cfg.resolution, cfg.mirror, cfg.depth, detector.label, n, keep)).encode()
     key += Path(detector.file).read_bytes() if detector.file else b""
     path = Path(torch.hub.get_dir()) / "3dgp" / f"{hashlib.sha256(key).hexdigest()[:24]}.pt"
@@ -1270,16 +1179,14 @@ def real_statistics(cfg, data, detector, device, reals, keep, rank, world):
         with atomic(path) as tmp:
             torch.save([x.cpu() for x in stats], tmp)
     return stats
-
 @torch.no_grad()
 def evaluate(G, data, labels, metrics, detector, reals, rank, world):
     """Metrics of G in evaluation mode; all calls draw the same on any number of processes. -> {name: number or list}"""
-    cfg, wanted, level, out = G.cfg, parse_metrics(metrics), evaluation_level(G.cfg), {}
-    seed_draws(cfg.seed, -1, "evaluate", 0)
-    z, c, prior = draw_latents(cfg, max(k for _, _, k in wanted), labels)
+    cfg, wanted, out, adaptor = G.cfg, parse_metrics(metrics), {}, G.depth_adaptor
+    z, c, prior = draw_latents(cfg, max(k for _, _, k in wanted), labels, "evaluate")
     def features(i):
         image, depth = G.render(G.backbone(G.mapping(z[i], c[i])), G.pose(rows(prior, i), z[i], c[i]), cfg.resolution)
-        return detector(torch.cat([image, G.depth_adaptor.candidates(depth)[level]], 1) if G.depth_adaptor else image)
+        return detector(torch.cat([image, adaptor.candidates(depth)[adaptor.level]], 1) if adaptor else image)
     def flatness(i):    # seen from the middle of the posterior, without thin fog
         _, depth = G.render(G.backbone(G.mapping(z[i], c[i])), mean_camera(G, c[i]), cfg.resolution, cut=True)
         return non_flatness_score(depth, cfg.near, cfg.far)[:, None]
@@ -1298,15 +1205,13 @@ def evaluate(G, data, labels, metrics, detector, reals, rank, world):
         names, label = (others, f"[{detector.label}]") if kind != "nfs" and detector.label else ({}, "")
         out.update({f"{names.get(name, name)}{count}{label}": value for name, value in table[kind](k).items()})
     return {**out, **evaluate_truth(G, data, labels)} if isinstance(data, ShapesData) else out
-
 @torch.no_grad()
 def evaluate_truth(G, data, labels, n=512):
     """Where the truth is known, of n samples. -> {name: number or list}. camera_w1: distance of posterior and prior to
     the true cameras, per parameter. depth_error_render: mean absolute difference, in world units, of rendered depth and
     the true depth of the image of most similar colours (_data: between images of the data); _raw, _adapted: of true
     depth, as it is and adapted, and estimated, by pixel. depth_fd: Frechet distance of rendered and estimated depth."""
-    seed_draws(G.cfg.seed, -1, "evaluate_truth", 0)
-    z, c, prior = draw_latents(G.cfg, n, labels)
+    z, c, prior = draw_latents(G.cfg, n, labels, "evaluate_truth")
     def ordered(p):  # but for mean yaw and pitch, which are no property of the data: the scene can turn instead
         return torch.cat([p[:, :2] - p[:, :2].mean(0), p[:, 2:]], 1).sort(0).values
     true, out, pose = data.true_cameras(n).to(z.device), {}, G.pose(prior, z, c)
@@ -1320,7 +1225,7 @@ def evaluate_truth(G, data, labels, n=512):
     x, y = area8(real[:, :3]), area8(fake)
     out["depth_error_render"] = float((depth - true[torch.cdist(y, x).argmin(1)]).abs().mean())
     out["depth_error_data"] = float((true - true[torch.cdist(x, x).fill_diagonal_(math.inf).argmin(1)]).abs().mean())
-    for name, level in (("raw", 0), ("adapted", evaluation_level(G.cfg))) if G.depth_adaptor else ():
+    for name, level in (("raw", 0), ("adapted", G.depth_adaptor.level)) if G.depth_adaptor else ():
         shown, rendered = (G.depth_adaptor.candidates(d)[level] for d in (true, depth))
         out[f"depth_error_{name}"] = float((shown - real[:, 3:]).abs().mean())
         out[f"depth_fd_{name}"] = frechet_distance(gaussian(area8(real[:, 3:])), gaussian(area8(rendered)))
@@ -1742,8 +1647,7 @@ def check_readable(names, said, images, cfg):
 def to_picture(rgb, depth=(), near=-1, far=1, dim=1):
     """rgb (3, H, W) in [-1, 1] and, below it (dim=2: beside), depth (1, H, W) if any, near black. -> uint8 (., ., 3)"""
     depths = [((d - near) / max(far - near, 1e-6)).clamp(0, 1).expand(3, -1, -1) for d in depth]
-    x = torch.cat([(rgb.clamp(-1, 1) + 1) / 2, *depths], dim)
-    return (x * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    return (torch.cat([(rgb.clamp(-1, 1) + 1) / 2, *depths], dim) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
 def tile(cells, columns):
     """Equal pictures (H, W, 3), row by row; small ones are enlarged without smoothing: pixels stay visible."""
     lines = [np.concatenate(cells[i:i + columns], 1) for i in range(0, len(cells) - columns + 1, columns)]
@@ -1752,7 +1656,6 @@ def tile(cells, columns):
 def write_image(image, path):
     with atomic(path) as tmp:
         image.save(tmp, "PNG")
-
 def grid_indices(labels, n):
     """n indices of samples, going round the classes."""
     labels = labels if len(labels) else np.zeros(n)
@@ -1761,25 +1664,21 @@ def grid_indices(labels, n):
 def write_reals(data, path):
     real = real_images(collate([data[i % len(data)] for i in grid_indices(data.labels, 32)]), "cpu")
     write_image(tile([to_picture(x[:3], x[3:]) for x in real], 16), path)
-
 def render_views(G, planes, cameras, resolution, dim=1):
     """One scene (planes of 1) from each camera -> pictures of RGB and depth, as `to_picture`"""
     views = [G.render(planes, rows(cameras, i, i + 1), resolution) for i in range(len(cameras.yaw))]
     near, far = views[0][1].flatten().quantile(planes.new_tensor([0.02, 0.98])).tolist()    # but for strays
     return [to_picture(rgb[0], depth[0], near, far, dim) for rgb, depth in views]
-
 @torch.no_grad()
 def write_samples(G, labels, path, scenes=16, views=4):
     """A grid of fixed z and classes, 4 scenes a row: RGB over depth, `views` yaws, the posterior's mean ± 0.3 rad"""
-    seed_draws(G.cfg.seed, -1, "samples", 0)
-    z, _, prior = draw_latents(G.cfg, scenes, labels)
+    z, _, prior = draw_latents(G.cfg, scenes, labels, "samples")
     c = (torch.unique(labels) if G.cfg.num_classes else z.new_zeros(1).long()).repeat(scenes)[:scenes]
     camera, cells, R = G.pose(prior, z, c), [], G.cfg.resolution
     yaws = camera.yaw.mean() + torch.linspace(-0.3, 0.3, views, device=z.device)
     for i in torch.arange(scenes, device=z.device).split(1):
         cells += render_views(G, G.backbone(G.mapping(z[i], c[i])), rows(camera, i.expand(views))._replace(yaw=yaws), R)
     write_image(tile(cells, 4 * views), path)
-
 def camera_path(kind, start, n, angle):
     """n cameras of a closed path from `start` (a Camera of 1 or n) on, `angle` radians to each side at most."""
     t = torch.linspace(0, 2 * math.pi, n + 1, device=start.yaw.device)[:-1]
@@ -1789,7 +1688,6 @@ def camera_path(kind, start, n, angle):
     pitch = (start.pitch + angle * pitch).clamp(0.05, math.pi - 0.05)
     moved = start._replace(yaw=start.yaw + angle * yaw, pitch=pitch, fov=start.fov * fov)
     return Camera(*(x.expand(n, *x.shape[1:]) for x in moved))
-
 def write_animation(frames, path, fps):
     """PIL images -> path.webp, path.gif and, where there is ffmpeg, path.mp4"""
     for kind in ("webp", "gif"):
@@ -1797,12 +1695,10 @@ def write_animation(frames, path, fps):
             frames[0].save(tmp, kind, save_all=True, append_images=frames[1:], duration=1000 / fps, loop=0, quality=90)
     if shutil.which("ffmpeg"):
         with atomic(f"{path}.mp4") as tmp:
-            size = f"{frames[0].width}x{frames[0].height}"
+            size, raw = f"{frames[0].width}x{frames[0].height}", b"".join(f.tobytes() for f in frames)
             command = f"ffmpeg -y -v error -f rawvideo -pix_fmt rgb24 -s {size} -r {fps} -i - -pix_fmt yuv420p -f mp4"
-            raw = b"".join(f.tobytes() for f in frames)
             if (done := subprocess.run([*command.split(), tmp], input=raw, capture_output=True)).returncode:
                 raise OSError(f"ffmpeg: {done.stderr.decode(errors='replace').strip()}")
-
 def write_ply(path, points, colors, faces=()):
     """Points (N, 3) in world units, y up; colors (N, 3) in [-1, 1]; faces (M, 3), counter-clockwise from outside."""
     vertex = np.rec.fromarrays([points, ((np.clip(colors, -1, 1) + 1) * 127.5).round()], "(3,)<f4, (3,)u1")
@@ -1812,7 +1708,6 @@ def write_ply(path, points, colors, faces=()):
               f"element face {len(face)}", "property list uchar int vertex_indices", "end_header\n"]
     with atomic(path) as tmp:
         tmp.write_bytes("\n".join(header).encode() + vertex.tobytes() + face.tobytes())
-
 def extract_mesh(G, planes, camera, level, n):
     """Marching cubes, n points a side, between near and far of the camera: what no ray saw is arbitrary. One scene"""
     try:
@@ -1832,12 +1727,10 @@ def extract_mesh(G, planes, camera, level, n):
     vertices = (vertices * (2 * cfg.box / (n - 1)) - cfg.box).astype(np.float32)       # the unit was a cell
     colors = [query(x)[0][0] for x in torch.from_numpy(vertices).to(device).split(2 ** 16)]
     return vertices, torch.cat(colors).cpu().numpy(), faces                            # (V, 3), (V, 3), outwards (M, 3)
-
 def write_cameras(G, path, n=16384):
     """Histograms of each camera parameter over all classes: the prior gray, the posterior blue."""
     cfg, device, image = G.cfg, next(G.parameters()).device, PIL.Image.new("RGB", (960, 480), "white")
-    seed_draws(cfg.seed, -1, "cameras", 0)
-    z, c, prior = draw_latents(cfg, n, torch.arange(max(cfg.num_classes, 1), device=device))
+    z, c, prior = draw_latents(cfg, n, torch.arange(max(cfg.num_classes, 1), device=device), "cameras")
     draw, font = PIL.ImageDraw.Draw(image), PIL.ImageFont.load_default(14)
     for i, (name, (low, high)) in enumerate(zip(CAMERA_PARAMETERS, camera_ranges(cfg).tolist())):
         x, y = 320 * (i % 3) + 16, 240 * (i // 3) + 210
@@ -1855,7 +1748,6 @@ def parse_numbers(text, flag, below):
     if all(spans) and all(int(s[1]) <= int(s[2] or s[1]) < below for s in spans):
         return [i for s in spans for i in range(int(s[1]), int(s[2] or s[1]) + 1)]
     raise UserError(f"{flag} {text}: must be numbers below {below:,}, as in 1,5,10-20")
-
 @torch.no_grad()
 def sample(options):
     """All that a person wants to look at, from a checkpoint alone."""
@@ -1893,7 +1785,7 @@ def sample(options):
             points = origins + directions * depth.flatten(2).transpose(1, 2)
             write_ply(f"{name}-points.ply", points[0].cpu().numpy(), rgb[0].flatten(1).t().cpu().numpy())
         if options.depth:
-            adapted = [(G.depth_adaptor.candidates(depth)[evaluation_level(cfg)] + 1) / 2] if G.depth_adaptor else []
+            adapted = [(G.depth_adaptor.candidates(depth)[G.depth_adaptor.level] + 1) / 2] if G.depth_adaptor else []
             for kind, x in zip(("depth", "adapted"), [(depth - cfg.near) / (cfg.far - cfg.near), *adapted]):
                 x = (x[0, 0].clamp(0, 1) * 65535).round().cpu().numpy().astype(np.uint16)
                 write_image(PIL.Image.fromarray(x), f"{name}-{kind}.png")
@@ -1931,7 +1823,6 @@ PAGE = """<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport c
 width:100%}figure{margin:0}img{image-rendering:pixelated}.wide{overflow-x:auto}td,th{padding:0 1em 0 0;text-align:left}
 </style><script>function show(s){s.parentNode.querySelectorAll("figure").forEach((f,i)=>f.hidden=i!=s.value)}</script>
 <h1>3DGP</h1>"""
-
 def chart(title, lines):
     """Inline SVG. lines: {color: [(kimg, value, spread)]}; the spread, if any, is a band."""
     xs, ys = zip(*((x, y + k * spread) for points in lines.values() for x, y, spread in points for k in (-1, 1)))
@@ -1946,10 +1837,9 @@ def chart(title, lines):
                  f"stroke-width={1.5 if len(points) > 2 else 6} stroke-linecap=round points='{line}' />")
     return (f"<figure>{html.escape(title)}<svg viewBox='0 0 320 170' font-size=10>{body}<text x=44 y=165>{x0:g}</text>"
             f"<text x=314 y=165 text-anchor=end>{x1:g} kimg</text></svg></figure>")
-
 def report(options):
     """`report`: metrics, losses, speed, cameras, samples over time, and where the configurations differ."""
-    page, charts, configs, esc = [PAGE], {}, {"default": vars(Config())}, html.escape
+    page, samples, charts, configs, esc = [PAGE], ["<h2>Samples</h2>"], {}, {"default": vars(Config())}, html.escape
     for run, color in zip(map(Path, options.runs), COLORS * len(options.runs)):  # charts[heading][title][color]: points
         if not holds_run(run):
             raise UserError(f"report {run}: not the folder of a run")
@@ -1964,15 +1854,14 @@ def report(options):
                            "Speed" if name in ("images_per_second", "memory_mb", "seconds") else "Training")
                 if name not in ("kimg", "reals") and all(isinstance(x, (int, float)) and math.isfinite(x) for x in dot):
                     charts.setdefault(heading, {}).setdefault(name, {}).setdefault(color, []).append(dot)
+        files = (found := sorted(run.glob("samples-*.png")))[::len(found) // 20 + 1]
+        samples += [f"<section><b>{esc(str(run))}</b><input type=range max={len(files) - 1} value={len(files) - 1} "
+                    "oninput=show(this)>", *(f"<figure hidden>{esc(f.stem)}<img alt='' src='data:image/png;base64,"
+                    f"{base64.b64encode(f.read_bytes()).decode()}'></figure>" for f in files), "</section>"]
     page += [f"<h2>{heading}</h2><div class=charts>{''.join(chart(*x) for x in drawn.items())}</div>"
-             for heading, drawn in charts.items()] + ["<h2>Samples</h2>"]
-    for run in [*configs][1:]:
-        files = (found := sorted(Path(run).glob("samples-*.png")))[::len(found) // 20 + 1]
-        page += [f"<section><b>{esc(run)}</b><input type=range max={len(files) - 1} value={len(files) - 1} "
-                 "oninput=show(this)>", *(f"<figure hidden>{esc(f.stem)}<img alt='' src='data:image/png;base64,"
-                 f"{base64.b64encode(f.read_bytes()).decode()}'></figure>" for f in files), "</section>"]
-    page += ["<script>document.querySelectorAll('input').forEach(show)</script><h2>Configurations, where not the "
-             "default</h2><div class=wide><table><tr><th>", *(f"<th>{esc(name)}" for name in configs)]
+             for heading, drawn in charts.items()]
+    page += [*samples, "<script>document.querySelectorAll('input').forEach(show)</script><h2>Configurations, where not "
+             "the default</h2><div class=wide><table><tr><th>", *(f"<th>{esc(name)}" for name in configs)]
     for f in Config.__dataclass_fields__:
         values = [f"<td>{esc(str(list(v) if isinstance(v := c.get(f), tuple) else v))}" for c in configs.values()]
         page += [f"<tr><td>{f}", *values] if len(set(values)) > 1 else []
@@ -2000,28 +1889,22 @@ class Operations(TorchDispatchMode):
         elif count := flop_registry.get(f.overloadpacket):
             self.total += count(*args, **kwargs, out_val=out)
         return out
-class Phases(Averages):
-    """Seconds and counted operations of the phases that `training_step` marks."""
-    def __init__(self, device, counter):
-        super().__init__()
-        self.spent, self.now = {}, lambda: np.array([clock(device), counter.total])
-        self.last = self.now()
-    def mark(self, phase):
-        now = self.now()
-        self.spent[phase], self.last = self.spent.get(phase, 0) + now - self.last, now
-
 def bench_step(cfg, repeats, device):
     """-> heading, rows: times and operations per image of each phase of a training step on `shapes`"""
     teacher = Teacher(cfg.teacher, cfg.teacher_weights).to(device) if cfg.teacher != "none" else None
     cfg = dataclasses.replace(cfg, num_classes=cfg.num_classes or 8, teacher_dim=teacher.dim if teacher else 0)
     share, modules, data = cfg.batch_size // distributed()[1], build(cfg, device), MirroredData(ShapesData(cfg))
     labels, counter = torch.arange(cfg.num_classes, device=device), Operations()
-    def step(number):
-        phases = Phases(device, counter)
-        batch = collate([data[i] for i in range(share)])
-        phases.mark("drawing data")
-        training_step(cfg, modules, teacher, batch, labels, number, phases)
-        return phases.spent
+    def step(number):   # -> {phase: seconds and counted operations}
+        now, stats, spent = (lambda: np.array([clock(device), counter.total])), Averages(), {}
+        marks = [now()]
+        def mark(phase):
+            marks.append(now())
+            spent[phase] = spent.get(phase, 0) + marks[-1] - marks[-2]
+        stats.mark, batch = mark, collate([data[i] for i in range(share)])
+        mark("drawing data")
+        training_step(cfg, modules, teacher, batch, labels, number, stats)
+        return spent
     pair = lambda n: {**step(n * cfg.r1_interval + 1), **step(n * cfg.r1_interval)}      # without and with R1
     pair(0)
     with counter, torch.compiler.set_stance("force_eager"):      # compiled code has no operators to count
@@ -2040,7 +1923,6 @@ def bench_step(cfg, repeats, device):
     speed, most = cfg.batch_size / share / phases["mean, with R1"][0], memory(device)[1] / 1e6
     return (f"{speed:.4g} images/s; {share // cfg.batch_gpu} passes of {cfg.batch_gpu}, {most:.0f} MB; products "
             f"{rate:.0f} Gflop/s; gradients {sent:.1f} MB"), rows
-
 @torch.no_grad()
 def bench_render(cfg, repeats, device):
     """-> heading, rows: times of making pictures of the data's size, one at a time"""
@@ -2052,11 +1934,9 @@ def bench_render(cfg, repeats, device):
     runs = [[timed(device, way)[1] for way in ways.values()] for _ in range(repeats + 1)][1:]
     return f"{memory(device)[1] / 1e6:.0f} MB at most", [{"what": name, "ms": t * 1e3, "per second": 1 / t}
                                                         for name, t in zip(ways, np.median(runs, 0).tolist())]
-
 def bench_triplane(model, repeats, device):
     """-> heading, rows: times of the tri-plane query on rays of random cameras, as in training"""
-    cuda = device.type == "cuda"
-    B, R, S, C, T = (8, 64, 64, 32, 512) if cuda else (2, 64, 32, 32, 256)
+    B, R, S, C, T = (8, 64, 64, 32, 512) if device.type == "cuda" else (2, 64, 32, 32, 256)
     decoder, no_decoder = TriplaneDecoder(C).to(device), torch.empty(0, device=device)
     plain = lambda p, x: sample_triplane(p.to(x.dtype), x, model.box)
     fused = lambda p, x, decoder=no_decoder: triplane(p, x, model.box, decoder)
@@ -2075,23 +1955,20 @@ def bench_triplane(model, repeats, device):
         before = memory(device, reset=True)[0]
         y, forward = timed(device, ways[name], planes, points)
         _, backward = timed(device, y.backward, grad)
-        extra = memory(device)[1] - before - (grad.nbytes + planes.nbytes + points.nbytes)
-        return forward, forward + backward, extra
-    rows = []
-    for dtype in (torch.float32, torch.bfloat16):
-        runs = [[run(name, dtype) for name in ways] for _ in range(repeats + 1)][1:]   # in turn: all are hit alike
-        medians = dict(zip(ways, np.median(runs, 0).tolist()))
-        for name, (forward, both, extra) in medians.items():
-            base = medians[name.split(",")[0] + ", plain"]
-            rows.append({"what": name, "planes": str(dtype)[6:], "forward ms": forward * 1e3, "both ms": both * 1e3,
-                         "times faster": base[1] / both, "extra MB": extra / 1e6, "of plain": extra / base[2]})
+        return forward, forward + backward, memory(device)[1] - before - (grad.nbytes + planes.nbytes + points.nbytes)
+    kinds, rows = [(name, dtype) for dtype in (torch.float32, torch.bfloat16) for name in ways], []
+    runs = [[run(*kind) for kind in kinds] for _ in range(repeats + 1)][1:]       # in turn: all are hit alike
+    medians = dict(zip(kinds, np.median(runs, 0).tolist()))
+    for (name, dtype), (forward, both, extra) in medians.items():
+        base = medians[name.split(",")[0] + ", plain", dtype]
+        rows.append({"what": name, "planes": str(dtype)[6:], "forward ms": forward * 1e3, "both ms": both * 1e3,
+                     "times faster": base[1] / both, "extra MB": extra / 1e6, "of plain": extra / base[2]})
     return f"{B} x {R * R * S:,} points, C = {C}, T = {T}; extra: beyond inputs, result and gradients", rows
 def bench(given):
     options, (rank, world, local_rank) = BenchConfig(**given), distributed()
     if options.repeats < 1:
         raise UserError(f"--repeats {options.repeats}: must be positive")
-    given = {k: v for k, v in given.items() if k in Config.__dataclass_fields__}
-    cfg = make_config({"preset": options.preset, **given})
+    cfg = make_config({k: getattr(options, k) for k in ("preset", *given) if k in Config.__dataclass_fields__})
     device, share = choose_device(cfg, local_rank), validate(cfg, world)
     cfg = dataclasses.replace(cfg, batch_gpu=images_per_pass(cfg, share, device))
     if world > 1:
@@ -2117,17 +1994,16 @@ def add_options(parser, options):
     for f in (f for f in dataclasses.fields(options) if f.metadata):
         flag, type_, choices = "--" + f.name.replace("_", "-"), types[f.name], f.metadata["choices"]
         shown = " ".join(f"{x:g}" for x in f.default) if isinstance(f.default, tuple) else f.default
-        kind = dict(help=f"{f.metadata['help']} (default: {shown})".replace("%", "%%"))
+        text = f"{f.metadata['help']} (default: {shown})".replace("%", "%%")
         if f.default is ...:
-            parser.add_argument(f.name, nargs="+", help=f.metadata["help"])
+            flag, text, kind = f.name, f.metadata["help"], dict(nargs="+")
         elif type_ is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **kind)
+            kind = dict(action=argparse.BooleanOptionalAction)
         elif typing.get_origin(type_) is tuple:
-            parser.add_argument(flag, type=float, nargs=len(f.default), metavar="X", **kind)
+            kind = dict(type=float, nargs=len(f.default), metavar="X")
         else:
-            metavar = None if choices else type_.__name__.upper()
-            parser.add_argument(flag, type=type_, choices=choices, metavar=metavar, **kind)
-
+            kind = dict(type=type_, choices=choices, metavar=None if choices else type_.__name__.upper())
+        parser.add_argument(flag, help=text, **kind)
 MODES = {"train": Config, "sample": SampleConfig, "eval": EvalConfig, "report": ReportConfig, "bench": BenchConfig}
 
 def parse_arguments(argv):

@@ -9,7 +9,7 @@ camera, rendering, generator, discriminator, losses, metrics, training, sampling
 One sample's way from z to loss: `synthesize` (generator) -> `Discriminator` -> `generator_pass`, `training_step`.
 Shapes in comments: B batch, P patch resolution, T tri-plane resolution, C tri-plane features, N points, R rays,
 S samples on a ray. Images are float in [-1, 1], depth in world units, angles in radians except fov (degrees)."""
-import argparse, base64, contextlib, ctypes, dataclasses, functools, hashlib, html, io, json, logging, math
+import argparse, base64, contextlib, ctypes, dataclasses, datetime, functools, hashlib, html, io, json, logging, math
 import os, platform, re, shutil, signal, subprocess, sys, tempfile, time, typing, warnings, zipfile, zlib
 from pathlib import Path
 
@@ -41,7 +41,7 @@ class Config:
     data: str = opt("shapes", "shapes, imagenet, dogs, elephants, horses, or a folder or zip of images")
     out: str = opt("", "run folder (empty: runs/<data>, numbered when that is taken)")
     preset: str = opt("", "model size (empty: the one that suits --data)", "tiny", "small", "base", "imagenet")
-    resume: str = opt("", "'latest' (of --out), or the path of a checkpoint")
+    resume: str = opt("", "'latest' (of --out), a checkpoint's path, or 'auto': latest if there is one, else a new run")
     seed: int = opt(0, "all draws of a run are a function of this and the step")
     device: str = opt("auto", "auto takes the GPU if there is one", "auto", "cuda", "cpu")
     workers: int = opt(4, "data loading processes per training process (0: load in the training process)")
@@ -106,8 +106,11 @@ class Config:
     precision: str = opt("tf32", "arithmetic of the networks; on CPUs tf32 is fp32", "fp32", "tf32", "bf16")
     compile: bool = opt(False, "torch.compile the networks, but not for the steps with R1; takes minutes at the start")
     fused: bool = opt(True, "look points up with custom_ops.cu where it compiles, not with PyTorch's own operators")
+    guard: str = opt("on", "on divergence (see GUARD in the file) go back to an earlier checkpoint", "on", "off")
+    timeout: float = opt(600, "seconds after which a process that does not answer ends the run")
+    recoveries: tuple[float, ...] = ()    # kimg of the checkpoints gone back to, set by the guard
     # output
-    snapshot_kimg: float = opt(200, "write checkpoint and samples every so many kimg")
+    snapshot_kimg: float = opt(200, "write checkpoint and samples every so many kimg; old ones are thinned out")
     log_kimg: float = opt(4, "write a line of log.jsonl every so many kimg")
     metrics: str = opt("fid2k", METRICS_HELP + "; the first one tells which checkpoint is best.pt; empty: none")
     metrics_kimg: float = opt(200, "measure every so many kimg")
@@ -176,6 +179,16 @@ PRESETS = {
 DATA_PRESETS = {   # the published data sets; the small ones have a faster camera schedule
     "shapes": dict(preset="tiny"), "imagenet": dict(preset="imagenet", teacher="resnet50"),
     **{k: dict(preset="base", teacher="resnet50", camera_reg_kimg=3_000) for k in ("dogs", "elephants", "horses")}}
+# Divergence, by the means over a log interval, and what then happens
+GUARD = dict(nonfinite=0.01,            # more than this share of the gradients is not finite (or a loss is not)
+             score=50,                  # D is saturated: scores of reals or fakes are as far as this from 0
+             loss_g=5, r1=10,           # so many times the median over the last `window` log intervals, `least` at least,
+             floor_g=10, floor_r1=1,    # and above its floor: a loss, and R1's term in D's loss
+             fake_std=0.1,              # less than this share of that median: all pixels are alike
+             window=32, least=8,
+             distance=2,                # the first metric, if a Frechet distance, is so many times the best of the run
+             slow_kimg=200,             # half the learning rates for so long after going back
+             tries=3, tries_kimg=1000)  # the run ends after so many recoveries within so many kimg
 MBSTD_GROUP = 4  # mini-batch standard deviation compares so many images; they share one patch
 def schedules(cfg, kimg):
     """Everything that changes with the number of images seen: linearly from start to end, then constant."""
@@ -183,7 +196,8 @@ def schedules(cfg, kimg):
     return dict(blur_sigma=line(cfg.blur_sigma, 0, cfg.blur_kimg), patch_beta=line(*cfg.patch_beta, cfg.patch_kimg),
                 density_noise=line(cfg.density_noise, 0, cfg.density_noise_kimg),
                 raw_depth_share=line(1 / 4, 0.1, cfg.adaptor_kimg), kd_weight=cfg.kd_weight * line(1, 0, cfg.kd_kimg),
-                camera_reg_weight=line(0, 1, cfg.camera_reg_kimg))
+                camera_reg_weight=line(0, 1, cfg.camera_reg_kimg),
+                lr_factor=0.5 ** sum(x <= kimg < x + GUARD["slow_kimg"] for x in cfg.recoveries))
 
 # ---- Data: a folder or zip of images, or `shapes`, which the program draws itself ------------------------------------
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -211,7 +225,8 @@ class ImageData:
     """Images of a folder or zip: flat, or one folder per class, or with dataset.json; depth in `<name>_depth.png`.
     An item is a dict: image uint8 (3, R, R); depth float32 (1, R, R) in [-1, 1], larger is farther, if cfg.depth wants
     it; label; bad: names of unreadable files met (the item is then the next readable one)."""
-    MAX_BAD_RUN = 100   # so many unreadable images in a row end the search
+    MAX_BAD_RUN, MAX_SECONDS = 100, 60   # so many unreadable images in a row, or so long without one, end the search
+    READ_SECONDS, MAX_BYTES = 10, 2 ** 28   # how long data workers wait for a file; larger files are refused
     def __init__(self, cfg, source):
         self.source, self.resolution, self.use_depth = Path(source), cfg.resolution, cfg.depth != "none"
         if self.source.is_dir():
@@ -226,7 +241,7 @@ class ImageData:
         else:
             try:
                 files = [i.filename for i in self.archive(os.getpid()).infolist() if not i.is_dir()]
-            except zipfile.BadZipFile as e:
+            except Exception as e:  # zipfile raises many kinds
                 raise UserError(f"--data {source}: neither a folder nor a zip file ({e})") from None
         if unsafe := [f for f in files if Path(f).is_absolute() or ".." in Path(f).parts]:
             raise UserError(f"--data {source}: a member leads out of the archive: {unsafe[0]}")
@@ -268,12 +283,25 @@ class ImageData:
     @functools.lru_cache(4)
     def archive(self, pid):  # the open zip, one for each process: workers must not share a file position
         return zipfile.ZipFile(self.source)
-    def read(self, name):  # -> bytes of one member
-        if self.source.is_dir():
-            if not (self.source / name).is_file():
+    def read(self, name, tries=3):
+        """-> bytes of one member. Drives fail and stall: tries again, and in data workers waits READ_SECONDS at most."""
+        alarm = signal.alarm if torch.utils.data.get_worker_info() else (lambda seconds: None)   # see start_worker
+        try:
+            alarm(self.READ_SECONDS)
+            path, zipped = self.source / name, not self.source.is_dir()
+            if not zipped and not path.is_file():
                 raise FileNotFoundError(f"{name}: not a file")
-            return (self.source / name).read_bytes()
-        return self.archive(os.getpid()).read(name)
+            if (self.archive(os.getpid()).getinfo(name).file_size if zipped else path.stat().st_size) > self.MAX_BYTES:
+                raise ValueError(f"{name}: too large")
+            return self.archive(os.getpid()).read(name) if zipped else path.read_bytes()
+        except OSError:
+            if tries == 1:
+                raise
+            self.archive.cache_clear()
+        finally:
+            alarm(0)
+        time.sleep(1 / tries)
+        return self.read(name, tries - 1)
     def fingerprint(self):  # tells apart data that differ, without reading them all
         found = ([(i.filename, i.CRC) for i in self.archive(os.getpid()).infolist()] if self.source.is_file() else
                  [(f, s.st_size, s.st_mtime_ns) for f in self.names for s in [(self.source / f).stat()]])
@@ -291,8 +319,8 @@ class ImageData:
             item["depth"] = torch.from_numpy(2 * (d - d.min()) / max(d.max() - d.min(), 1e-6) - 1)[None]
         return item
     def __getitem__(self, i):
-        bad = []
-        while len(bad) < min(self.MAX_BAD_RUN, len(self)):
+        bad, start = [], time.time()
+        while len(bad) < min(self.MAX_BAD_RUN, len(self)) and time.time() < start + self.MAX_SECONDS:
             try:
                 return dict(self.decode(i), label=int(self.labels[i]) if self.num_classes else 0, bad=bad)
             except Exception:  # decoders of damaged files raise anything
@@ -396,7 +424,7 @@ def real_images(batch, device):
     """A batch as the discriminator sees it: RGB and, if there is any, depth. -> (B, 3 or 4, R, R) in [-1, 1]"""
     if "image" not in batch:
         bad = batch["bad"]
-        raise UserError(f"--data: {len(set(bad))} images in a row are unreadable, the first is {bad[0]}")
+        raise UserError(f"--data: {len(set(bad))} images in a row are unreadable or gone, the first is {bad[0]}")
     rgb = batch["image"].to(device, non_blocking=True).float() / 127.5 - 1
     return torch.cat([rgb, batch["depth"].to(device, non_blocking=True)], 1) if "depth" in batch else rgb
 class MirroredData(torch.utils.data.Dataset):
@@ -409,11 +437,14 @@ class MirroredData(torch.utils.data.Dataset):
             item.update({k: item[k].flip(-1) for k in ("image", "depth", "true_depth") if k in item})
             item.update({k: item[k] * torch.tensor([-1, 1, 1, -1, 1, 1]) for k in ["camera"] if k in item})
         return item
+def train_seed(cfg):
+    """What a run's draws depend on: another one after each recovery of the guard."""
+    return cfg.seed + 2 ** 32 * len(cfg.recoveries)
 class Batches:
     """Endless batches of indices for this process from a step on: a function of seed and step, so that a resumed run
     sees what an undisturbed one would. Epochs are permutations of the data (and of its mirror image)."""
     def __init__(self, cfg, n, step, rank, world):
-        self.total, self.seed, self.share = n * (2 if cfg.mirror else 1), cfg.seed, cfg.batch_size // world
+        self.total, self.seed, self.share = n * (2 if cfg.mirror else 1), train_seed(cfg), cfg.batch_size // world
         self.starts = range(step * cfg.batch_size + rank * self.share, sys.maxsize, cfg.batch_size)
     def __iter__(self):
         order = functools.lru_cache(1)(lambda epoch: np.random.default_rng([self.seed, epoch]).permutation(self.total))
@@ -1147,13 +1178,18 @@ def batches(items, cfg, rank, desc):
     """Items, a tensor or a list, in parts that fit into memory, with a progress bar."""
     n = max(1, min(16, 2 ** 18 // cfg.resolution ** 2))
     return tqdm([items[i:i + n] for i in range(0, len(items), n)], desc, unit="batch", disable=rank > 0, leave=False)
-def collect(batches, n, keep, rank, world):
-    """All processes' `batches` (B, F) of `share` -> first `keep` rows; mean (F,), covariance (F, F) of n in float64"""
+class Stopped(Exception):
+    """A process was asked to stop while the metrics were measured."""
+def collect(batches, n, keep, rank, world, stop=None):
+    """All processes' `batches` (B, F) of `share` -> first `keep` rows; mean (F,), covariance (F, F) of n in float64.
+    stop: a list; raises Stopped in all processes when it is not empty in one."""
     parts, total, i = [], 0, rank
     for x in batches:
         counts = torch.arange(i, i + world * len(x), world, device=x.device) < n     # not those that wrapped
         y = F.pad(x.double(), (1, 0), value=1.0) * counts[:, None]  # a one in front: y^T y has count, sum and products
         parts, total, i = [*parts, x] if i - rank < keep else parts, total + y.t() @ y, i + world * len(x)
+        if stop is not None and mean_over_processes(total.new_tensor(float(bool(stop)))):
+            raise Stopped
     x = torch.cat(parts)[:-(-keep // world)]
     if world > 1:
         dist.all_reduce(total)
@@ -1162,7 +1198,7 @@ def collect(batches, n, keep, rank, world):
         x = torch.stack(parts, 1).flatten(0, 1)
     mean = total[0, 1:] / n
     return x[:keep], mean, (total[1:, 1:] - n * torch.outer(mean, mean)) / (n - 1)
-def real_statistics(cfg, data, detector, device, reals, keep, rank, world):
+def real_statistics(cfg, data, detector, device, reals, keep, rank, world, stop=None):
     """`collect` of the data and its mirror image, or of `reals` of them; kept on disk."""
     n = min(reals or math.inf, total := len(data) * (2 if cfg.mirror else 1))
     key = repr((data.fingerprint(), cfg.resolution, cfg.mirror, cfg.depth, detector.label, n, keep)).encode()
@@ -1172,16 +1208,17 @@ def real_statistics(cfg, data, detector, device, reals, keep, rank, world):
         return [x.to(device) for x in load_tensors(path, "cached statistics")]
     order = np.random.default_rng(0).permutation(total)[share(n, rank, world)].tolist()
     loader = torch.utils.data.DataLoader(MirroredData(data), batch_sampler=batches(order, cfg, rank, "measuring data"),
-                                         num_workers=cfg.workers, collate_fn=collate, worker_init_fn=ignore_signals)
-    stats = collect((detector(real_images(b, device)) for b in loader), n, min(keep, n), rank, world)
+                                         num_workers=cfg.workers, collate_fn=collate, worker_init_fn=start_worker)
+    stats = collect((detector(real_images(b, device)) for b in loader), n, min(keep, n), rank, world, stop)
     if distributed()[2] == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic(path) as tmp:
             torch.save([x.cpu() for x in stats], tmp)
     return stats
 @torch.no_grad()
-def evaluate(G, data, labels, metrics, detector, reals, rank, world):
-    """Metrics of G in evaluation mode; all calls draw the same on any number of processes. -> {name: number or list}"""
+def evaluate(G, data, labels, metrics, detector, reals, rank, world, stop=None):
+    """Metrics of G in evaluation mode; all calls draw the same on any number of processes. -> {name: number or list}
+    stop: see `collect`"""
     cfg, wanted, out, adaptor = G.cfg, parse_metrics(metrics), {}, G.depth_adaptor
     z, c, prior = draw_latents(cfg, max(k for _, _, k in wanted), labels, "evaluate")
     def features(i):
@@ -1190,10 +1227,11 @@ def evaluate(G, data, labels, metrics, detector, reals, rank, world):
     def flatness(i):    # seen from the middle of the posterior, without thin fog
         _, depth = G.render(G.backbone(G.mapping(z[i], c[i])), mean_camera(G, c[i]), cfg.resolution, cut=True)
         return non_flatness_score(depth, cfg.near, cfg.far)[:, None]
-    measure = lambda f, n, desc: collect(map(f, batches(share(n, rank, world), cfg, rank, desc)), n, n, rank, world)
+    measure = lambda f, n, desc: collect(map(f, batches(share(n, rank, world), cfg, rank, desc)), n, n, rank, world,
+                                         stop)
     if detector:
         n, w = max(k for kind, _, k in wanted if kind != "nfs"), slice(detector.width)
-        real, mean, cov = real_statistics(cfg, data, detector, labels.device, reals, n, rank, world)
+        real, mean, cov = real_statistics(cfg, data, detector, labels.device, reals, n, rank, world, stop)
         fake = measure(features, n, "measuring samples")[0]
     table = {"fid": lambda k: {"fid": frechet_distance((mean[w], cov[w, w]), gaussian(fake[:k, w]))},
              "kid": lambda k: {"kid": kernel_distance(real[:k, w], fake[:k, w])},
@@ -1233,12 +1271,18 @@ def evaluate_truth(G, data, labels, n=512):
 
 # ---- Training --------------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
-def atomic(path):
-    """Write to a temporary file beside `path` that takes its name only when all went well."""
+def atomic(path, durable=False):
+    """Write to a temporary file beside `path` that takes its name only when all went well; durable: and is on disk."""
     tmp = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
     try:
         yield tmp
-        os.replace(tmp, path)
+        for when, what in (("before", tmp), ("after", tmp.parent)):     # the content, then the name
+            if durable:
+                handle = os.open(what, os.O_RDONLY)
+                os.fsync(handle)
+                os.close(handle)
+            if when == "before":
+                os.replace(tmp, path)
     except (OSError, RuntimeError) as e:  # the latter is how torch reports a full disk
         reason = getattr(e, "strerror", None) or str(e).partition("\n")[0]
         raise UserError(f"cannot write {path}: {reason}; what was there before is untouched") from None
@@ -1298,7 +1342,7 @@ def generator_pass(G, D, labels, patch, step, number, weight, stats):
     """Gradients of G, and of D on what G makes: one pass of each network serves both losses. weight: this pass's share
     of the process's images; its number tells its draws from those of others. -> sum of w (w_dim,)"""
     cfg, kimg, micro = G.cfg, step * G.cfg.batch_size / 1000, len(patch.scale)
-    seed_draws(cfg.seed, step, "generator", number)
+    seed_draws(train_seed(cfg), step, "generator", number)
     z, c, prior = draw_latents(cfg, micro, labels)
     choice = sample_adaptor_choice(cfg, micro, kimg)
     image, w = synthesize(G, z, c, prior, choice, patch)
@@ -1361,11 +1405,14 @@ def training_step(cfg, modules, teacher, batch, labels, step, stats, stop=False)
     (rank, world, _), device, kimg = distributed(), labels.device, step * cfg.batch_size / 1000
     real, c, share = real_images(batch, device), batch["label"].to(device), cfg.batch_size // world
     # shared by reals and fakes; every process draws the whole batch's: distillation needs their mean scale
-    seed_draws(cfg.seed, step, "patches", 0)
+    seed_draws(train_seed(cfg), step, "patches", 0)
     patches = sample_patch(cfg, cfg.batch_size, kimg)
     scale_mean = float(patches.scale.mean())
     patches = Patch(*(t.to(device) for t in rows(patches, rank * share, (rank + 1) * share)))
-    G.density_noise = schedules(cfg, kimg)["density_noise"]
+    now, ratio = schedules(cfg, kimg), cfg.r1_interval / (cfg.r1_interval + 1)    # see build
+    G.density_noise = now["density_noise"]
+    opt_g.param_groups[0]["lr"], opt_d.param_groups[0]["lr"] = (
+        x * now["lr_factor"] for x in (cfg.g_lr, cfg.d_lr * ratio))
     micro, weight = cfg.batch_gpu, cfg.batch_gpu / share
     passes = [slice(i, i + micro) for i in range(0, share, micro)]
     opt_g.zero_grad()
@@ -1374,7 +1421,7 @@ def training_step(cfg, modules, teacher, batch, labels, step, stats, stop=False)
     w_sum = sum(generator_pass(G, D, labels, rows(patches, part), step, rank * share // micro + m, weight, stats)
                 for m, part in enumerate(passes))
     if G.camera_generator is not None:
-        seed_draws(cfg.seed, step, "camera", 0)               # the same draws in every process
+        seed_draws(train_seed(cfg), step, "camera", 0)               # the same draws in every process
         loss, log = camera_regularizer(G, labels, kimg)
         loss.backward()
         stats.add(**log)
@@ -1397,28 +1444,53 @@ def training_step(cfg, modules, teacher, batch, labels, step, stats, stop=False)
     stats.mark("EMA")
     return bool(stop)
 
+MAY_DIFFER = {"data", "out", "resume", "device", "workers", "teacher_weights", "depth_weights"}   # between machines
 # options that may be set anew on resuming; all others are the checkpoint's
 FREE_ON_RESUME = set("out resume device workers kimg snapshot_kimg log_kimg metrics metrics_kimg detector reals fused "
-                     "batch_gpu compile data precision teacher_weights depth_weights".split())
+                     "batch_gpu compile data precision teacher_weights depth_weights guard timeout".split())
 
-def load_checkpoint(path):
-    """path: a checkpoint, or a run folder for its newest. -> path, Config, state"""
-    path = max(Path(path).glob("checkpoint-*.pt"), default=Path(path))
-    if path.is_dir():
-        raise UserError(f"--resume: no checkpoint in {path}")
-    state = load_tensors(path, "--resume", mmap=True)
+def checkpoints(folder):
+    """Checkpoints of a run, the newest first. -> [(kimg, path)]"""
+    return sorted(((float(p.stem[11:]), p) for p in Path(folder).glob("checkpoint-*.pt")), reverse=True)
+def load_checkpoint(*paths):
+    """The first of the paths that is whole: the CRC-32 of each of its parts agrees. -> path, Config, state"""
     needed = {"config", "step", "images", "seconds", "G", "D", "G_ema", "opt_g", "opt_d"}
-    if not isinstance(state, dict) or not needed <= {*state}:
-        raise UserError(f"--resume {path}: not a checkpoint of this program")
-    try:
-        return path, Config(**state["config"]), state
-    except TypeError as e:
-        raise UserError(f"--resume {path}: of another version of this program ({e})") from None
+    for path in paths:
+        try:
+            state = load_tensors(path, "--resume", mmap=True)
+            if not isinstance(state, dict) or not needed <= {*state}:
+                raise UserError(f"--resume {path}: not a checkpoint of this program")
+            try:
+                with zipfile.ZipFile(path) as f:
+                    if f.testzip():
+                        raise zipfile.BadZipFile
+                return path, Config(**state["config"]), state
+            except TypeError as e:
+                raise UserError(f"--resume {path}: of another version of this program ({e})") from None
+            except Exception:   # zipfile, of damaged files, raises anything
+                raise UserError(f"--resume {path}: damaged, its checksum is wrong") from None
+        except UserError as e:
+            if path == paths[-1]:
+                raise
+            print(f"3dgp.py: warning: {e}; the checkpoint before it is taken", file=sys.stderr)
+def find_checkpoint(path):
+    """path: a checkpoint, or a run folder for its newest whole one. -> as `load_checkpoint`"""
+    found = [p for _, p in checkpoints(path)] or [Path(path)]
+    if found[0].is_dir():
+        raise UserError(f"--resume: no checkpoint in {path}")
+    return load_checkpoint(*found)
+def thin_out(folder, images, every):
+    """Deletes old checkpoints (one every so many images): of ages from 2^k intervals to the next power, one is kept."""
+    for kimg, path in checkpoints(folder):
+        number, newest = round(kimg * 1000) // every, images // every
+        if number % 2 ** int(math.log2(max(newest - number, 1))):
+            path.unlink()
+
 def load_generator(options):
     """The averaged generator of the checkpoint options.resume. -> Generator in evaluation mode, path, kimg seen"""
     if not options.resume:
         raise UserError("--resume: name a checkpoint, or the folder of a run")
-    path, cfg, state = load_checkpoint(options.resume)
+    path, cfg, state = find_checkpoint(options.resume)
     device = choose_device(options, distributed()[2])
     try:
         validate(cfg, 1)
@@ -1427,6 +1499,19 @@ def load_generator(options):
         return G.to(device).eval().requires_grad_(False), path, state["images"] / 1000
     except Exception as e:  # whatever a foreign or damaged state leads to
         raise UserError(f"--resume {path}: does not fit its own configuration ({type(e).__name__})") from None
+def join_processes(cfg, device, world):
+    """Meets the other processes, which must run the same program, libraries and options."""
+    if world == 1 or dist.is_initialized():
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                            timeout=datetime.timedelta(seconds=getattr(cfg, "timeout", 600)))
+    program = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
+    own = dict(PyTorch=torch.__version__, NumPy=np.__version__, program=program, **vars(cfg))
+    dist.all_gather_object(parts := [None] * world, own)
+    for rank, other in enumerate(parts):
+        if differing := [f"{k} {v} (process 0: {parts[0].get(k)})" for k, v in other.items()
+                         if v != parts[0].get(k) and k not in MAY_DIFFER]:
+            raise UserError(f"process {rank} differs from process 0: {', '.join(differing)}; all must run the same")
 def distributed():
     """-> rank, processes, and the rank on this machine, as torchrun says."""
     return tuple(int(os.environ.get(*x)) for x in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
@@ -1439,7 +1524,7 @@ def validate(cfg, world):
         if not ok:
             raise UserError(message)
     positive = ("batch_size triplane_features channel_base channel_max adaptor_channels fine_samples z_dim "
-                "w_dim box r1_interval patch_beta kimg snapshot_kimg log_kimg metrics_kimg").split()
+                "w_dim box r1_interval patch_beta timeout kimg snapshot_kimg log_kimg metrics_kimg").split()
     for f in dataclasses.fields(cfg):      # numbers: finite, and none below zero but angles
         name, flag, v = f.name, "--" + f.name.replace("_", "-"), getattr(cfg, f.name)
         values = [x for x in (v if isinstance(v, tuple) else [v]) if isinstance(x, (int, float))]
@@ -1491,8 +1576,76 @@ def choose_device(cfg, local_rank):
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
     return torch.device("cuda", local_rank)
 
-def train(cfg, resumed=None):
-    """The whole run. `resumed`: the state of a checkpoint to go on from."""
+def diagnose(entry, before, cfg, parameters):
+    """A log entry, the healthy ones before it, numbers of parameters of G and D -> what tells of divergence, or """""
+    before, share = before[-GUARD["window"]:], [entry[f"nonfinite_{k}"] / n for k, n in zip("gd", parameters)]
+    def limit(name):     # so many times the median
+        known = [x[name] for x in before if name in x]
+        return GUARD[name] * np.median(known) if len(known) >= GUARD["least"] else math.nan
+    score = max(entry["score_real"], entry["score_fake"], key=abs)
+    found = {f"{max(share):.0%} of the gradients are not finite": max(share) > GUARD["nonfinite"],
+             "a loss is not finite": not math.isfinite(entry["loss_g"] + entry["loss_d_real"] + entry["loss_d_fake"]),
+             f"D is saturated, its mean score is {score:.3g}": abs(score) > GUARD["score"],
+             f"images are constant, their deviation is {entry['fake_std']:.2g}": entry["fake_std"] < limit("fake_std"),
+             f"G's loss jumped to {entry['loss_g']:.3g}": entry["loss_g"] > limit("loss_g") and
+             entry["loss_g"] > GUARD["floor_g"],
+             f"R1 jumped to {(r1 := entry.get('r1', 0)):.3g}": r1 > limit("r1") and
+             r1 * cfg.r1_gamma / 2 > GUARD["floor_r1"]}
+    return next((what for what, is_so in found.items() if is_so), "")
+
+def go_back(cfg, what, kimg, healthy):
+    """After a divergence at kimg: -> Config, state of a checkpoint from when all was healthy, or, if that has happened
+    before, of one before that. Newer checkpoints are deleted, since they may be ill."""
+    recent = sum(abs(kimg - x) < GUARD["tries_kimg"] for x in cfg.recoveries)
+    if recent >= GUARD["tries"]:
+        raise UserError(f"diverged at {kimg:g} kimg ({what}), after {recent} recoveries; start anew with lower --g-lr and "
+                        "--d-lr, or a higher --r1-gamma")
+    good = [x for x in checkpoints(cfg.out) if x[0] <= healthy] or checkpoints(cfg.out)[-1:]
+    path, saved, state = load_checkpoint(*(p for _, p in good[min(recent, len(good) - 1):]))
+    if dist.is_initialized():
+        dist.barrier()      # all have read it
+    back = state["images"] / 1000
+    if distributed()[0] == 0:
+        for newer in (p for k, p in checkpoints(cfg.out) if k > back):
+            newer.unlink()
+        append_line(Path(cfg.out) / "log.jsonl", dict(kimg=back, diverged=kimg, reason=what))
+        tqdm.write(f"diverged at {kimg:g} kimg: {what}; back to {path.name}, learning rates halved", file=sys.stderr)
+    return dataclasses.replace(saved, **{k: getattr(cfg, k) for k in FREE_ON_RESUME - {"resume"}}, resume=str(path),
+                               recoveries=(*cfg.recoveries, back)), state
+
+def load_batches(make_loader, step, patience):
+    """Batches from a step on. Workers that die begin again there, 3 times in a row; for others it waits as long as
+    `patience` timeouts of the loader."""
+    batches, failures = None, 0
+    while True:
+        if batches is None:
+            batches = iter(make_loader(step))
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)    # PyTorch's own handler would raise in the middle of a step
+        try:
+            batch = next(batches)
+        except (RuntimeError, OSError, EOFError) as e:
+            failures, waits, reason = failures + 1, "timed out" in str(e), str(e).partition("\n")[0]
+            if failures > (patience if waits else 3):
+                raise UserError(f"--data: data workers fail again and again: {reason}") from None
+            if not waits:
+                batches = tqdm.write(f"data workers begin again: {reason}", file=sys.stderr)
+            continue
+        yield batch
+        step, failures = step + 1, 0
+
+def train(cfg, state=None):
+    """The whole run. state: of a checkpoint to go on from. After a divergence it goes on from an earlier one."""
+    stop, before = [], {s: signal.getsignal(s) for s in STOP_SIGNALS}
+    try:
+        while trouble := train_while_healthy(cfg, state, stop):
+            cfg, state = go_back(cfg, *trouble)
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+def train_while_healthy(cfg, resumed, stop):
+    """stop: a list; the run ends when it is not empty, as it is after a signal.
+    -> None at the end; on divergence what tells of it, at how many kimg, and until when all was healthy"""
     rank, world, local_rank = distributed()
     share = validate(cfg, world)
     device = choose_device(cfg, local_rank)
@@ -1504,13 +1657,13 @@ def train(cfg, resumed=None):
         if wanted != found and (wanted or resumed):
             raise UserError(f"--{name.replace('_', '-')} {wanted}: so given or saved; data and teacher make it {found}")
         cfg = dataclasses.replace(cfg, **{name: found})
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    join_processes(cfg, device, world)
     say = print if rank == 0 else (lambda *a, **k: None)
     if cfg.fused:
         custom_ops(device.type)   # compiles now, not behind the progress bar
     modules = build(cfg, device)
     G, D, ema, *_ = modules.values()
+    parameters = [sum(p.numel() for p in network.parameters()) for network in (G, D)]
     step, images, seconds = (resumed[k] for k in ("step", "images", "seconds")) if resumed else (0, 0, 0.0)
     if resumed:
         try:
@@ -1532,38 +1685,51 @@ def train(cfg, resumed=None):
             lines, seen = path.read_text().splitlines(), images / 1000
             with atomic(path) as tmp:    # forget what was logged after the checkpoint
                 tmp.write_text("".join(f"{x}\n" for x in lines if parse_line(x).get("kimg", math.inf) <= seen))
-    sizes = [f"{sum(p.numel() for p in network.parameters()) / 1e6:.1f} M" for network in (G, D)]
+        for path in out.glob(".*.tmp"):     # of a process that was killed
+            path.unlink()
     say(f"{cfg.data}: {len(data):,} images, {cfg.num_classes or 'no'} classes; {cfg.resolution}², patches "
         f"{cfg.patch_resolution}², {'RGB and depth' if cfg.depth != 'none' else 'RGB alone'}; teacher {cfg.teacher}\n"
-        f"G {sizes[0]}, D {sizes[1]}; batch {world} x {share // cfg.batch_gpu} x {cfg.batch_gpu} on {device}; {out}")
-    loader = torch.utils.data.DataLoader(
+        f"G {parameters[0] / 1e6:.1f} M, D {parameters[1] / 1e6:.1f} M; batch {world} x {share // cfg.batch_gpu} x "
+        f"{cfg.batch_gpu} on {device}; {out}")
+    make_loader = lambda step: torch.utils.data.DataLoader(
         MirroredData(data), batch_sampler=Batches(cfg, len(data), step, rank, world), num_workers=cfg.workers,
-        collate_fn=collate, pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
-    stats, unreadable, said, done, stop, start = Averages(), set(), set(), False, [], time.time() - seconds
-    handlers = {s: signal.signal(s, lambda *_: stop.append(1)) for s in (signal.SIGINT, signal.SIGTERM)}
+        collate_fn=collate, pin_memory=device.type == "cuda", worker_init_fn=start_worker,
+        timeout=10 if cfg.workers else 0)
+    stats, unreadable, said, done, start = Averages(), set(), set(), False, time.time() - seconds
+    history, healthy, measured = [], images / 1000, images / 1000    # kimg of the last healthy log line, measurement
+    for s in STOP_SIGNALS:
+        signal.signal(s, lambda *_: stop.append(1))
     named = lambda kind, suffix: out / f"{kind}-{images / 1000:010.3f}.{suffix}"
     def save(path):    # plain tensors and numbers; random states need no place in it: see seed_draws
         state = dict(config=dataclasses.asdict(cfg), step=step, images=images, seconds=time.time() - start)
-        with atomic(path) as tmp:
+        with atomic(path, durable=True) as tmp:
             torch.save({**state, **{k: m.state_dict() for k, m in modules.items()}}, tmp)
     def snapshot():
-        if step:
-            save(named("checkpoint", "pt"))
+        save(named("checkpoint", "pt"))
+        thin_out(out, images, max(1, round(cfg.snapshot_kimg * 1000)))
         write_samples(ema, labels, named("samples", "png"))
-    def metrics():
-        if cfg.metrics and measure(out / "metrics.jsonl", images / 1000, ema, data, labels, cfg, detector, rank, world):
+    def metrics():    # -> what tells of divergence, or ""
+        try:
+            name, value, best = measure(out / "metrics.jsonl", images / 1000, ema, data, labels, cfg, detector, rank,
+                                        world, stop) if cfg.metrics else ("", 0, 1)
+        except Stopped:     # the next step ends the run
+            return ""
+        if rank == 0 and value == best:
             save(out / "best.pt")
+        ill = name[:1] == "f" and not value <= GUARD["distance"] * best and cfg.guard == "on"     # in process 0 alone
+        ill = mean_over_processes(torch.tensor(float(ill), device=device)) > 0
+        return f"{name} rose to {value:.3g} from {best:.3g}" if ill else ""
     def due(kimg):    # at the end, and when a step has crossed a multiple of it
         every = max(1, round(kimg * 1000))
         return done or images // every > (images - cfg.batch_size) // every
+    if rank == 0 and not named("checkpoint", "pt").exists():    # a new run, or one that goes on in another folder
+        snapshot()
     if not resumed:
-        if rank == 0:
-            snapshot()
         metrics()
     tick_time, tick_images, kimg = time.time(), images, images / 1000
     with tqdm(total=total_steps * cfg.batch_size, initial=images, unit="img", disable=rank > 0,
               mininterval=0.5 if sys.stderr.isatty() else 30) as bar:
-        for batch in loader:
+        for batch in load_batches(make_loader, step, cfg.timeout / 10):
             unreadable.update(batch["bad"])
             stopped = training_step(cfg, modules, teacher, batch, labels, step, stats, bool(stop))
             step, images = step + 1, images + cfg.batch_size
@@ -1577,23 +1743,28 @@ def train(cfg, resumed=None):
                 entry = dict(kimg=round(kimg, 3), **stats.result(device), seconds=round(now - start, 1),
                              images_per_second=round((images - tick_images) / (now - tick_time), 2),
                              memory_mb=memory(device)[1] / 2**20, unreadable=len(said), schedules=schedules(cfg, kimg))
+                if cfg.guard == "on" and (ill := diagnose(entry, history, cfg, parameters)):
+                    return ill, kimg, healthy       # in all processes alike: they share the averages
+                history, healthy = [*history[-GUARD["window"]:], entry], kimg
                 if rank == 0:
-                    with open(out / "log.jsonl", "a") as f:
-                        f.write(json.dumps(entry) + "\n")
+                    append_line(out / "log.jsonl", entry)
                 shown = ("loss_g", "score_real", "score_fake", "kd_distance")
                 bar.set_postfix({k: f"{entry[k]:.3g}" for k in shown if k in entry})
             if rank == 0 and due(cfg.snapshot_kimg):
                 snapshot()
             if not stopped and due(cfg.metrics_kimg):
-                metrics()
+                if ill := metrics():
+                    return ill, kimg, measured
+                measured = kimg
             if any(map(due, (cfg.log_kimg, cfg.snapshot_kimg, cfg.metrics_kimg))):   # speed is that of training alone
                 tick_time, tick_images = time.time(), images
             if done:
                 break
-    for s, handler in handlers.items():
-        signal.signal(s, handler)
     end = "finished" if step == total_steps else f"stopped (go on with --resume latest --out {out})"
     say(f"{end} at {kimg:g} kimg after {(time.time() - start) / 60:.1f} minutes; see {named('samples', 'png')}")
+def append_line(path, entry):
+    with open(path, "a") as f:
+        f.write(json.dumps(entry) + "\n")
 def parse_line(line):
     """A line of a .jsonl file as a dict; empty for one that a crash cut short."""
     try:
@@ -1601,21 +1772,27 @@ def parse_line(line):
     except (ValueError, TypeError):
         return {}
 
-def measure(path, kimg, G, data, labels, options, detector, rank, world):
-    """`evaluate`, printed and appended to a file. -> whether the first number is the best in it"""
-    result = evaluate(G, data, labels, options.metrics, detector, options.reals, rank, world)
+def measure(path, kimg, G, data, labels, options, detector, rank, world, stop=None):
+    """`evaluate`, printed and appended to a file. -> name and value of the first number, and the best of it in the file
+    (process 0 alone; others: "", 0, 1)"""
+    result = evaluate(G, data, labels, options.metrics, detector, options.reals, rank, world, stop)
     if rank:
-        return False
-    with open(path, "a") as f:
-        f.write(json.dumps(dict(kimg=kimg, data=G.cfg.data, reals=options.reals, **result)) + "\n")
+        return "", 0, 1
+    append_line(path, dict(kimg=kimg, data=G.cfg.data, reals=options.reals, **result))
     tqdm.write("\n".join(f"{kimg:g} kimg: {k} {v:.4g}" for k, v in result.items() if isinstance(v, float)))
     first = next(iter(result))
     best = min if first[:2] in ("fi", "fd", "ki", "kd") else max
-    return result[first] == best(x[first] for x in map(parse_line, path.read_text().splitlines()) if first in x)
-def ignore_signals(_):
-    """In data workers: the training process decides when to stop."""
-    for s in (signal.SIGINT, signal.SIGTERM):
+    values = [x[first] for x in map(parse_line, path.read_text().splitlines()) if math.isfinite(x.get(first, math.nan))]
+    return first, result[first], best(values, default=result[first])
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)     # Ctrl-C, schedulers and spot machines, SLURM
+def start_worker(_):
+    """In data workers: the training process decides when to stop; `ImageData.read` sets an alarm."""
+    def alarm(*_):
+        raise TimeoutError("no answer")
+    for s in STOP_SIGNALS:
         signal.signal(s, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, alarm)
 def memory(device, reset=False):
     """Bytes of the GPU, or resident, that this process holds, and the most since a reset. nan where unknown."""
     if device.type == "cuda":
@@ -1810,8 +1987,7 @@ def evaluate_checkpoint(options):
     detector, data = open_detector(options, device), open_data(G.cfg)
     if G.cfg.num_classes != data.num_classes:
         raise UserError(f"--data {G.cfg.data}: has {data.num_classes} classes, the checkpoint {G.cfg.num_classes}")
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    join_processes(options, device, world)
     measure(path.with_name("metrics.jsonl"), kimg, G, data, torch.from_numpy(data.labels).to(device), options, detector,
             rank, world)
 
@@ -1971,8 +2147,7 @@ def bench(given):
     cfg = make_config({k: getattr(options, k) for k in ("preset", *given) if k in Config.__dataclass_fields__})
     device, share = choose_device(cfg, local_rank), validate(cfg, world)
     cfg = dataclasses.replace(cfg, batch_gpu=images_per_pass(cfg, share, device))
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    join_processes(cfg, device, world)
     run = dict(triplane=bench_triplane, step=bench_step, render=bench_render)[options.what]
     heading, rows = run(cfg, options.repeats, device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
@@ -2037,13 +2212,18 @@ def resolve(given):
     # the folders runs/<data>, runs/<data>-2, ... that hold a run, oldest first, and the next free one
     while holds_run(free := Path("runs") / (f"{name}-{len(found) + 1}" if found else name)):
         found.append(free)
-    if not given.get("resume"):
-        cfg = make_config(given)
-        if cfg.out and holds_run(cfg.out):
+    resume, latest = given.get("resume", ""), given.get("out") or [free, *found][-1]
+    if any(int(os.environ.get(f"{kind}_RESTART_COUNT") or 0) for kind in ("TORCHELASTIC", "SLURM")):
+        if resume not in ("", "latest", "auto") and not given.get("out"):    # where the first start has written
+            latest = resume if Path(resume).is_dir() else Path(resume).parent
+        resume = "auto"
+    if not resume or resume == "auto" and not checkpoints(latest):
+        cfg = make_config({**given, "out": str(latest)} if resume else given)
+        if cfg.out and holds_run(cfg.out) and not resume:
             raise UserError(f"--out {cfg.out}: holds a run; go on with it by --resume latest, or name another folder")
         return dataclasses.replace(cfg, out=cfg.out or str(free)), None
-    latest = given.get("out") or [free, *found][-1]
-    path, saved, state = load_checkpoint(latest if given["resume"] == "latest" else given["resume"])
+    path, saved, state = find_checkpoint(latest if resume in ("latest", "auto") else resume)
+    given["resume"] = resume
     differing = [f"{k} (there {getattr(saved, k)!r}, here {v!r})" for k, v in given.items()
                  if k not in FREE_ON_RESUME and v != getattr(saved, k)]
     if differing:
@@ -2068,6 +2248,12 @@ def main(argv=None):
         if distributed()[2] == 0 or dist.is_initialized():     # once per machine, or where it happened
             print(f"3dgp.py: error: {e}", file=sys.stderr)
         return 2
+    except RuntimeError as e:
+        if not isinstance(e, dist.DistError) and "gloo" not in str(e):
+            raise
+        print(f"3dgp.py: error: process {distributed()[0]} waited in vain: another one has ended, or did not answer "
+              f"within --timeout ({str(e).strip().splitlines()[0]})", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:   # before there was anything to save
         return 130
     return 0

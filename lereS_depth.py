@@ -275,7 +275,7 @@ WORK = None   # in worker processes: what they work on
 def start_worker(work):
     global WORK
     WORK = work
-    tdgp.ignore_signals(0)   # the main process decides when to stop, and when it is killed so are its workers
+    tdgp.start_worker(0)   # the main process decides when to stop, and when it is killed so are its workers
     threading.Thread(target=lambda main: (wait_for(lambda: os.getppid() != main), os._exit(1)), args=(os.getppid(),),
                      daemon=True).start()
 

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -987,7 +988,7 @@ def test_a_resumed_run_ends_with_identical_weights(tmp_path):
 def test_run_folder_has_everything(tmp_path):
     out = train_micro(tmp_path / "run", kimg=0.032, metrics="fid32,nfs8", detector="area8", reals=32)
     names = {p.name for p in out.iterdir()}
-    assert names == {"config.json", "log.jsonl", "reals.png", "checkpoint-000000.032.pt", "samples-000000.000.png",
+    assert names == {"config.json", "log.jsonl", "reals.png", "checkpoint-000000.000.pt", "checkpoint-000000.032.pt", "samples-000000.000.png",
                      "samples-000000.032.png", "metrics.jsonl", "best.pt"}
     assert json.loads((out / "config.json").read_text())["num_classes"] == 8
     with PIL.Image.open(out / "samples-000000.032.png") as image:
@@ -1312,6 +1313,422 @@ def test_a_damaged_or_foreign_checkpoint_is_one_line_and_runs_nothing(run, tmp_p
             status, err = run_main(capsys, mode, "--resume", tmp_path / f"{name}.pt")
             assert status == 2 and err.count("\n") == 1 and f"{name}.pt" in err, (name, err)
     assert not (tmp_path / "ran").exists()
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A month of training: divergence, preemption, damaged files, processes that die or hang
+
+slow = pytest.mark.skipif(not os.environ.get("SLOW_TESTS"), reason="takes minutes: set SLOW_TESTS=1 and name it by -k")
+STATE = ("G", "D", "G_ema", "opt_g", "opt_d")
+
+def start(out, rank=0, world=1, port=0, prefix=(), env=(), **options):
+    """A training process as torchrun starts it."""
+    env = {**os.environ, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1",
+           "MASTER_PORT": port, "OMP_NUM_THREADS": "1", **dict(env)}
+    return subprocess.Popen([*prefix, sys.executable, SCRIPT, "--out", out, *flags(**{**MICRO, **options})],
+                            env={k: str(v) for k, v in env.items()}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+def start_two(out, each=({}, {}), **options):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    return [start(out, rank, 2, port, **{**options, **each[rank]}) for rank in (0, 1)]
+
+def wait_for(condition, seconds=120):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, "waited in vain"
+        time.sleep(0.05)
+
+def has_lines(out, n=1):
+    path = Path(out) / "log.jsonl"
+    return lambda: path.exists() and len(path.read_text().splitlines()) >= n
+
+def spoil(monkeypatch, how, at=12, times=1):
+    """Damages one training step after the `at`-th, `times` times in all; a run that goes on is not damaged again."""
+    real, left = m.training_step, [times]
+    def step(cfg, modules, teacher, batch, labels, number, stats, stop=False):
+        if number >= at and left[0]:
+            left[0] -= 1
+            if how == "nan":
+                batch = {**batch, "image": batch["image"].float() * math.nan}
+            elif how == "lr":
+                cfg = dataclasses.replace(cfg, g_lr=100 * cfg.g_lr, d_lr=100 * cfg.d_lr)
+            elif how == "scale":
+                with torch.no_grad():
+                    for p in modules["D"].parameters():
+                        p.mul_(5)
+        return real(cfg, modules, teacher, batch, labels, number, stats, stop)
+    monkeypatch.setattr(m, "training_step", step)
+
+HEALTHY = dict(loss_g=1.5, loss_d_real=0.4, loss_d_fake=0.4, score_real=1.0, score_fake=-1.0, fake_std=0.4, r1=0.2,
+               nonfinite_g=0.0, nonfinite_d=0.0)
+
+@pytest.mark.parametrize("change, reason", [
+    (dict(nonfinite_g=2000), "2% of the gradients"), (dict(nonfinite_d=60), "6% of the gradients"),
+    (dict(loss_d_real=math.nan), "not finite"), (dict(score_fake=-60.0), "saturated, its mean score is -60"),
+    (dict(fake_std=0.03), "constant"), (dict(loss_g=12.0), "G's loss"), (dict(r1=50.0), "R1 jumped to 50"),
+    (dict(), ""), (dict(nonfinite_g=500, loss_g=5.0, r1=3.0, fake_std=0.1, score_real=20.0), "")], ids=str)
+def test_the_guard_tells_divergence_from_bad_luck(change, reason):
+    found = m.diagnose({**HEALTHY, **change}, [HEALTHY] * 20, micro(), (100_000, 1000))
+    assert bool(found) == bool(reason) and reason in found
+
+@pytest.mark.parametrize("how", ["nan", "lr", "scale"])
+def test_a_spoiled_run_goes_back_and_on(tmp_path, monkeypatch, capsys, how):
+    spoil(monkeypatch, how)
+    out = train_micro(tmp_path, kimg=0.4, snapshot_kimg=0.032, log_kimg=0.032)
+    assert "diverged" in capsys.readouterr().err
+    event, = [line for line in log(out) if "diverged" in line]
+    assert event["kimg"] <= 0.192 < event["diverged"] <= 0.192 + 2 * 0.032 and event["reason"]
+    lines = [line for line in log(out) if "loss_g" in line]
+    state = checkpoint(out)
+    recoveries, factor = state["config"]["recoveries"], 0.5 ** len(state["config"]["recoveries"])
+    assert recoveries[-1] == event["kimg"] and len(recoveries) <= 2
+    assert all(line["schedules"]["lr_factor"] == (1 if line["kimg"] <= event["kimg"] else factor) for line in lines)
+    assert lines[-1]["kimg"] == 0.4 and not m.diagnose(lines[-1], lines[:-1], micro(), (1000, 1000))
+    assert state["step"] == 25
+    assert all(x.isfinite().all() for x in flatten(state["G_ema"]).values())
+    assert state["opt_g"]["param_groups"][0]["lr"] == pytest.approx(0.0025 * factor)
+    assert [line["kimg"] for line in log(out)] == sorted(line["kimg"] for line in log(out))
+
+def test_the_guard_gives_up_in_the_end_and_can_be_off(tmp_path, monkeypatch, capsys):
+    spoil(monkeypatch, "nan", times=100)
+    status, err = run_main(capsys, "--out", tmp_path / "a", *flags(**{**MICRO, "kimg": 0.4, "snapshot_kimg": 0.032}))
+    assert status == 2 and err.count("; back to checkpoint") == 3 and "after 3 recoveries" in err.splitlines()[-1]
+    went_back = [line["kimg"] for line in log(tmp_path / "a") if "diverged" in line]
+    assert went_back[-1] < 0.192
+    train_micro(tmp_path / "b", "--guard", "off", kimg=0.24)
+    assert not [line for line in log(tmp_path / "b") if "diverged" in line]
+
+def test_a_rising_distance_is_divergence(tmp_path, monkeypatch, capsys):
+    values = iter([10.0, 8.0, 17.0, 7.0, 6.0, 5.0])
+    monkeypatch.setattr(m, "evaluate", lambda *_: {"fid9": next(values)})
+    out = train_micro(tmp_path, kimg=0.064, metrics="fid9", metrics_kimg=0.016, snapshot_kimg=0.016, detector="area8")
+    event, = [line for line in log(out) if "diverged" in line]
+    assert event == {"kimg": 0.016, "diverged": 0.032, "reason": "fid9 rose to 17 from 8"}
+    assert [line["fid9"] for line in log(out, "metrics")] == [10.0, 8.0, 7.0, 6.0, 5.0]
+
+def test_draws_differ_after_a_recovery_alone():
+    cfg = micro(seed=3)
+    again = dataclasses.replace(cfg, recoveries=(1.0,))
+    take = lambda cfg: next(iter(m.Batches(cfg, 1000, 5, 0, 1)))
+    assert m.train_seed(cfg) == 3 and take(cfg) == take(micro(seed=3)) != take(again)
+    assert m.schedules(again, 200.9)["lr_factor"] == 0.5 and m.schedules(again, 201)["lr_factor"] == 1
+    assert m.schedules(dataclasses.replace(cfg, recoveries=(1.0, 2.0)), 150)["lr_factor"] == 0.25
+
+def test_old_checkpoints_are_thinned_out(tmp_path):
+    for n in range(200):
+        (tmp_path / f"checkpoint-{n / 10:010.3f}.pt").touch()
+        m.thin_out(tmp_path, n * 100, 100)
+        ages = [n - round(10 * kimg) for kimg, _ in m.checkpoints(tmp_path)]
+        assert ages[0] == 0 and len(ages) <= math.log2(n + 1) + 2
+        for k in range(int(math.log2(n + 1))):                    # one of an age from 2^k to the next power
+            assert any(2 ** k <= age < 2 ** (k + 1) for age in ages) or n + 1 < 2 ** (k + 1)
+
+def test_a_damaged_newest_checkpoint_is_skipped(tmp_path, capsys):
+    out = train_micro(tmp_path / "run", kimg=0.048, snapshot_kimg=0.016)
+    newest = out / "checkpoint-000000.048.pt"
+    whole = newest.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 4
+    for damaged in (whole[:len(whole) * 2 // 3], bytes(flipped), b""):
+        newest.write_bytes(damaged)
+        capsys.readouterr()
+        status, err = run_main(capsys, "--resume", newest, "--kimg", 1)
+        assert status == 2 and "checkpoint-000000.048.pt" in err and err.count("\n") == 1
+        path, _, state = m.find_checkpoint(out)
+        assert path.name == "checkpoint-000000.032.pt" and state["step"] == 2
+        assert "warning" in (err := capsys.readouterr().err) and "000000.048.pt" in err
+    assert m.main(["--resume", "latest", "--out", str(out), "--kimg", "0.064"]) == 0
+    assert checkpoint(out)["step"] == 4
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("phase", ["collate", "synthesize", "march_rays", "write_samples", "evaluate", "save"])
+def test_a_signal_at_any_time_saves_and_the_run_goes_on(tmp_path, monkeypatch, phase, signum):
+    """In the second step or what follows it: drawing data, forward pass, saving, sampling, measuring."""
+    where, name, calls = (torch, "save", []) if phase == "save" else (m, phase, [])
+    real, first = getattr(where, name), dict(collate=3, synthesize=3, march_rays=200).get(phase, 2)
+    def f(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == first:
+            os.kill(os.getpid(), signum)
+        return real(*args, **kwargs)
+    monkeypatch.setattr(where, name, f)
+    out = train_micro(tmp_path, kimg=0.8, snapshot_kimg=0.032, metrics="fid33", metrics_kimg=0.032, detector="area8",
+                      reals=64)
+    assert len(calls) >= first and 1 <= checkpoint(out)["step"] <= 3
+    monkeypatch.undo()
+    step = checkpoint(out)["step"]
+    assert m.main(["--resume", "auto", "--out", str(out), "--kimg", str((step + 1) * 0.016), "--metrics", ""]) == 0
+    assert checkpoint(out)["step"] == step + 1
+
+def test_metrics_end_soon_after_a_signal(tmp_path, monkeypatch):
+    """An evaluation of ImageNet takes long: the signal must not wait for its end."""
+    stop, seen = [], []
+    def batches():
+        for i in range(100):
+            seen.append(i)
+            if i == 3:
+                stop.append(1)
+            yield torch.randn(4, 2)
+    with pytest.raises(m.Stopped):
+        m.collect(batches(), 400, 4, 0, 1, stop)
+    assert len(seen) == 4
+
+def test_restarts_resume_by_themselves(tmp_path, monkeypatch):
+    for kind in ("TORCHELASTIC", "SLURM"):
+        out = tmp_path / kind
+        monkeypatch.setenv(f"{kind}_RESTART_COUNT", "1")
+        train_micro(out, kimg=0.016)                              # the first start had come to nothing
+        train_micro(out, kimg=0.032)
+        assert checkpoint(out)["step"] == 2 and (out / "checkpoint-000000.016.pt").exists()
+        monkeypatch.delenv(f"{kind}_RESTART_COUNT")
+    assert m.main(["--resume", "auto", *flags(**MICRO, out=tmp_path / "new", kimg=0.016)]) == 0     # nothing there yet
+    assert m.main(["--resume", "auto", "--out", str(tmp_path / "new"), "--kimg", "0.032"]) == 0
+    assert checkpoint(tmp_path / "new")["step"] == 2
+
+def end(processes, seconds):
+    """-> exit statuses and errors of processes that must end in time"""
+    ended = []
+    for p in processes:
+        try:
+            _, err = p.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            p.kill()
+            pytest.fail(f"hangs: {p.communicate()[1]}")
+        ended.append((p.returncode, err))
+    return ended
+
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
+def test_no_process_waits_for_ever(tmp_path, blow):
+    a, b = start_two(tmp_path, timeout=15)
+    wait_for(has_lines(tmp_path))
+    b.send_signal(blow)
+    (status, err), = end([a], 60)
+    assert status == 1 and "waited in vain" in err.splitlines()[-1] and "Traceback" not in err
+    if blow == signal.SIGSTOP:
+        b.send_signal(signal.SIGCONT)
+        (status, err), = end([b], 60)
+        assert status == 1 and "waited in vain" in err.splitlines()[-1] and "Traceback" not in err
+    else:
+        end([b], 10)
+
+def test_processes_must_run_the_same(tmp_path):
+    for status, err in end(start_two(tmp_path, each=({}, {"r1_gamma": 3.0})), 90):
+        assert status == 2 and "process 1 differs from process 0: r1_gamma 3.0 (process 0: 0.5)" in err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+def test_one_signal_stops_all_processes(tmp_path):
+    a, b = start_two(tmp_path)
+    wait_for(has_lines(tmp_path, 2))
+    b.send_signal(signal.SIGUSR1)
+    assert [status for status, _ in end([a, b], 30)] == [0, 0]
+    assert checkpoint(tmp_path)["step"] > 0
+
+def test_data_that_stall_or_vanish_are_tried_again_then_skipped(tmp_path, monkeypatch, capsys):
+    root = make_folder(tmp_path / "a")
+    monkeypatch.setattr(m.ImageData, "READ_SECONDS", 1)
+    real, late = Path.read_bytes, tmp_path / "once"
+    def read(path):
+        if path.name == "3.jpg":
+            time.sleep(100)
+        if path.name == "4.jpg" and not late.exists():
+            late.touch()
+            raise OSError(5, "Input/output error")
+        return real(path)
+    data = data_of(root, depth="none")
+    names = data.names
+    monkeypatch.setattr(Path, "read_bytes", read)
+    (root / names[0]).unlink()
+    loader = torch.utils.data.DataLoader(data, 10, num_workers=1, collate_fn=m.collate, worker_init_fn=m.start_worker)
+    bad = {name for batch in loader for name in batch["bad"]}
+    assert bad == {names[0], *(n for n in names if n.endswith("3.jpg"))} and late.exists()
+
+def test_data_that_are_gone_end_the_run(tmp_path, monkeypatch, capsys):
+    root, real = make_folder(tmp_path / "a"), m.training_step
+    def step(cfg, modules, teacher, batch, labels, number, *rest):
+        if number == 2:
+            shutil.rmtree(root)
+        return real(cfg, modules, teacher, batch, labels, number, *rest)
+    monkeypatch.setattr(m, "training_step", step)
+    monkeypatch.setattr(m.ImageData, "MAX_SECONDS", 3)
+    status, err = run_main(capsys, "--out", tmp_path / "run", *flags(**{**MICRO, "data": root, "depth": "none"}))
+    assert status == 2 and "unreadable or gone" in err.splitlines()[-1]
+
+@pytest.mark.parametrize("times", [1, 100])
+def test_killed_data_workers_begin_again_or_end_the_run(tmp_path, monkeypatch, capsys, times):
+    real = m.ShapesData.__getitem__
+    def item(self, i):
+        if torch.utils.data.get_worker_info() and (n := len(list(tmp_path.glob("killed*")))) < times:
+            (tmp_path / f"killed{n}").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, i)
+    monkeypatch.setattr(m.ShapesData, "__getitem__", item)
+    options = flags(**{**MICRO, "workers": 1, "kimg": 0.048})
+    status, err = run_main(capsys, "--out", tmp_path / "run", *options)
+    assert "data workers begin again" in err and "Traceback" not in err
+    if times == 1:
+        assert status == 0
+        monkeypatch.undo()
+        other = train_micro(tmp_path / "other", kimg=0.048)
+        a, b = (flatten({k: checkpoint(x)[k] for k in STATE}) for x in (tmp_path / "run", other))
+        assert all(torch.equal(a[k], b[k]) for k in a)                  # no batch was lost or seen twice
+    else:
+        assert status == 2 and "fail again and again" in err.splitlines()[-1]
+
+def test_files_that_are_too_large_are_refused(tmp_path, monkeypatch):
+    root = make_folder(tmp_path / "a", each=2)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as f:
+        f.writestr("bomb.jpg", b"0" * 10_000_000)
+        f.write(root / "cat" / "0.jpg", "fine.jpg")
+    monkeypatch.setattr(m.ImageData, "MAX_BYTES", 1_000_000)
+    data = data_of(tmp_path / "a.zip", depth="none")
+    assert data[0]["bad"] == ["bomb.jpg"] and data[1]["bad"] == []
+    PIL.Image.new("1", (20_000, 20_000)).save(root / "cat" / "bomb.png")              # 400 million pixels
+    data = data_of(root, depth="none")
+    assert data[data.names.index("cat/bomb.png")]["bad"] == ["cat/bomb.png"]
+
+def mutate(data, rng):
+    """Bytes overwritten, cut out, cut off or put in."""
+    data, i, n = bytearray(data), int(rng.integers(len(data))), int(rng.integers(1, 20))
+    kind = rng.integers(4)
+    data[i:i + (n if kind < 2 else 0 if kind == 2 else len(data))] = rng.bytes(n) if kind in (0, 2) else b""
+    return bytes(data)
+
+@pytest.mark.filterwarnings("ignore")
+def test_200_mutated_files_are_refused_or_skipped(tmp_path, run):
+    rng, root = np.random.default_rng(0), make_folder(tmp_path / "a", each=2, depth=True)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as f:
+        for path in sorted(root.rglob("*.*")):
+            f.write(path, path.relative_to(root))
+    listing = json.dumps({"labels": [["cat/0.jpg", 1], ["cat/1.jpg", 0], ["dog/0.jpg", 2], ["dog/1.jpg", 1]]}).encode()
+    (root / "dataset.json").write_bytes(listing)
+    originals = {k: (root / k).read_bytes() for k in ("cat/0.jpg", "cat/0_depth.png", "dataset.json")}
+    best, outcomes = (run / "best.pt").read_bytes(), {"read": 0, "skipped": 0, "refused": 0}
+    for i in range(40):
+        for name, original in [*originals.items(), ("zip", (tmp_path / "a.zip").read_bytes()), ("pt", best)]:
+            changed = mutate(original, rng)
+            try:
+                if name == "pt":
+                    (tmp_path / "best.pt").write_bytes(changed)
+                    m.find_checkpoint(tmp_path / "best.pt")
+                    bad = []
+                else:
+                    path = tmp_path / "b.zip" if name == "zip" else root / name
+                    path.write_bytes(changed)
+                    data = data_of(path if name == "zip" else root)
+                    bad = [b for k in range(len(data)) for b in data[k]["bad"]]
+                outcomes["skipped" if bad else "read"] += 1
+            except m.UserError as e:
+                assert "\n" not in str(e)
+                outcomes["refused"] += 1
+            finally:
+                if name in originals:
+                    (root / name).write_bytes(original)
+    assert sum(outcomes.values()) == 200 and outcomes["skipped"] > 30 and outcomes["refused"] > 50, outcomes
+
+@pytest.fixture
+def small_disk(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", disk]).returncode:
+        pytest.skip("needs the right to mount a small tmpfs")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+def test_a_really_full_disk(small_disk, capsys):
+    status, err = run_main(capsys, "--out", small_disk / "run", *flags(**{**MICRO, "kimg": 1, "snapshot_kimg": 0.016}))
+    assert status == 2 and "cannot write" in err.splitlines()[-1] and "untouched" in err.splitlines()[-1]
+    assert not list((small_disk / "run").glob(".*tmp"))
+    kept = m.checkpoints(small_disk / "run")
+    assert kept and all(m.load_checkpoint(path)[0] == path for _, path in kept)
+
+def torchrun(out, *argv, processes=2, **options):
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+                             SCRIPT, "--resume", "auto", "--out", out, *flags(**{**MICRO, **options}), *argv],
+                            env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True, start_new_session=True)
+
+@slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_fault_drill(tmp_path, processes):
+    """30 rounds of SIGKILL at random moments: every resume succeeds, at most one snapshot interval is lost."""
+    random, kimg, every, lost = np.random.default_rng(processes), 6, 0.08, []
+    options = dict(kimg=kimg, snapshot_kimg=every, log_kimg=0.016, metrics="", timeout=60)
+    for _ in range(30):
+        before = m.checkpoints(tmp_path / "run")[:1]
+        p = torchrun(tmp_path / "run", processes=processes, **options)
+        time.sleep(random.uniform(8, 16))
+        os.killpg(p.pid, signal.SIGKILL)
+        seen = p.communicate()[0]
+        assert "Traceback" not in seen and "rror:" not in seen, seen
+        newest = m.checkpoints(tmp_path / "run")[:1]
+        assert newest >= before
+        if newest and has_lines(tmp_path / "run")():
+            lost.append(log(tmp_path / "run")[-1]["kimg"] - newest[0][0])
+    assert max(lost) <= every + 0.017 and len({*lost}) > 3
+    p = torchrun(tmp_path / "run", processes=processes, **options)
+    assert p.communicate(timeout=600) and p.returncode == 0
+    if processes == 1:
+        p = torchrun(tmp_path / "whole", processes=1, **options)
+        assert p.communicate(timeout=900) and p.returncode == 0
+        a, b = (flatten({k: checkpoint(tmp_path / x)[k] for k in STATE}) for x in ("run", "whole"))
+        assert all(torch.equal(a[k], b[k]) for k in a)
+
+@slow
+def test_memory_is_flat_over_5000_steps(tmp_path):
+    out = train_micro(tmp_path, kimg=80, log_kimg=0.16, snapshot_kimg=8, workers=1, guard="off")
+    at = {round(line["kimg"] * 1000 / 16): line["memory_mb"] for line in log(out)}
+    assert at[5000] < 1.03 * at[500], (at[500], at[5000])
+
+@slow
+@pytest.mark.parametrize("how", ["nan", "lr", "scale"])
+def test_a_spoiled_tiny_run_ends_as_good(tmp_path, monkeypatch, how):
+    options = dict(preset="tiny", kimg=9, metrics="fid1k", workers=1)
+    healthy = Path(os.environ.get("HEALTHY_RUN") or tmp_path / "healthy")
+    if not healthy.exists():
+        assert m.main(flags(**options, out=healthy)) == 0
+    spoil(monkeypatch, how, at=600)
+    assert m.main(flags(**options, out=tmp_path / "ill")) == 0
+    event, = [line for line in log(tmp_path / "ill") if "diverged" in line]
+    assert 4.8 <= event["diverged"] <= 5.06
+    a, b = (log(x, "metrics")[-1]["fd1k[area8]"] for x in (healthy, tmp_path / "ill"))
+    assert b < 1.2 * a, (a, b)
+
+@slow
+def test_two_hosts(tmp_path):
+    """Two network namespaces joined by a veth pair: c10d rendezvous, the same result as on one host; a cut link ends both."""
+    sh = lambda command, **kind: subprocess.run(command.split(), check=True, capture_output=True, **kind)
+    try:
+        sh("ip netns add tdgp0"), sh("ip netns add tdgp1")
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("needs the right to make network namespaces")
+    try:
+        sh("ip link add tdgp0 netns tdgp0 type veth peer name tdgp1 netns tdgp1")
+        for i in (0, 1):
+            sh(f"ip -n tdgp{i} addr add 10.99.0.{i + 1}/24 dev tdgp{i}")
+            sh(f"ip -n tdgp{i} link set tdgp{i} up"), sh(f"ip -n tdgp{i} link set lo up")
+        def hosts(out, **options):
+            return [subprocess.Popen([
+                "ip", "netns", "exec", f"tdgp{i}", sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--rdzv_backend=c10d",
+                "--rdzv_endpoint=10.99.0.1:29511", "--rdzv_id=t", f"--local_addr=10.99.0.{i + 1}", "--nproc_per_node=1", SCRIPT, "--resume", "auto", "--out", out,
+                *flags(**{**MICRO, "timeout": 20, **options})], env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": f"tdgp{i}"},
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for i in (0, 1)]
+        one = torchrun(tmp_path / "one", kimg=0.16)
+        assert one.communicate(timeout=120) and one.returncode == 0
+        assert [s for s, _ in end(hosts(tmp_path / "two", kimg=0.16), 120)] == [0, 0]
+        a, b = (flatten({k: checkpoint(tmp_path / x)[k] for k in STATE}) for x in ("one", "two"))
+        assert all(torch.equal(a[k], b[k]) for k in a)
+        cut = hosts(tmp_path / "cut", kimg=1000, snapshot_kimg=0.16)
+        wait_for(has_lines(tmp_path / "cut", 15))
+        sh("ip -n tdgp0 link set tdgp0 down")
+        for status, err in end(cut, 120):
+            assert status and "waited in vain" in err, err
+        sh("ip -n tdgp0 link set tdgp0 up")
+        kimg = m.checkpoints(tmp_path / "cut")[0][0] + 0.16
+        assert [s for s, _ in end(hosts(tmp_path / "cut", kimg=kimg, snapshot_kimg=0.16), 120)] == [0, 0]
+        assert m.checkpoints(tmp_path / "cut")[0][0] == pytest.approx(kimg)
+    finally:
+        sh("ip netns del tdgp0"), sh("ip netns del tdgp1")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Command line and bad input

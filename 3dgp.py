@@ -10,7 +10,7 @@ One sample's way from z to loss: `synthesize` (generator) -> `Discriminator` -> 
 Shapes in comments: B batch, P patch resolution, T tri-plane resolution, C tri-plane features, N points, R rays,
 S samples on a ray. Images are float in [-1, 1], depth in world units, angles in radians except fov (degrees)."""
 import argparse, base64, contextlib, ctypes, dataclasses, datetime, functools, hashlib, html, io, json, logging, math
-import os, platform, re, shutil, signal, subprocess, sys, tempfile, time, typing, warnings, zipfile, zlib
+import os, platform, re, shutil, signal, subprocess, sys, tempfile, time, typing, warnings, zipfile
 from pathlib import Path
 
 import numpy as np
@@ -35,8 +35,7 @@ METRICS_HELP = "of fid, kid, is, pr, each with a number of images (fid50k,pr10k)
 DETECTOR_HELP = "what compares images: inception (downloaded), its file, timm:NAME[:WEIGHTS], or area8, area averages"
 @dataclasses.dataclass
 class Config:
-    """Every hyperparameter. Defaults are the published ones at 256²; PRESETS and DATA_PRESETS override them.
-    Schedules are in kimg (thousands of real images shown), counted from the start of the run."""
+    """Every hyperparameter, as published at 256²; PRESETS, DATA_PRESETS override. kimg: thousands of images shown."""
     # what to train on, and where to write
     data: str = opt("shapes", "shapes, imagenet, dogs, elephants, horses, or a folder or zip of images")
     out: str = opt("", "run folder (empty: runs/<data>, numbered when that is taken)")
@@ -79,8 +78,7 @@ class Config:
     camera_reg_kimg: float = opt(10_000, "the camera regulariser's weight grows from 0 to full over this")
     camera_center: float = opt(10.0, "weight of the distance between the mean posterior direction and the prior's")
     camera_lr_mult: float = opt(0.1, "learning-rate multiplier of the camera generator")
-    depth_adaptor: str = opt("random", "which candidate D sees: by schedule; raw; raw or last, a coin toss; the last",
-                             "random", "never", "half", "always")
+    depth_adaptor: str = opt("random", "which of its candidates D sees", "random", "never", "half", "always")
     adaptor_kimg: float = opt(10_000, "share of un-adapted depth falls from 1/4 to 0.1 over this (random)")
     teacher: str = opt("none", "frozen classifier to distil: a timm name, or none (shapes: none; published: resnet50)")
     teacher_weights: str = opt("", "local file with the teacher's weights (empty: timm downloads them)")
@@ -157,7 +155,6 @@ class BenchConfig(Config):   # these, and those of train
                       "tiny", "small", "base", "imagenet", "compared", "compared-small")
     repeats: int = opt(9, "timings of each row, after one to warm up; the median counts")
     json: bool = opt(False, "print JSON, not a table")
-
 # tiny and small are short runs: with the published units of the EMD, their field of view would stay at its upper end.
 SHORT = dict(camera_reg_units="range", camera_reg_weights=(20.0, 10.0, 20.0, 2.0), camera_lr_mult=1.0)
 PRESETS = {
@@ -182,12 +179,12 @@ DATA_PRESETS = {   # the published data sets; the small ones have a faster camer
 # Divergence, by the means over a log interval, and what then happens
 GUARD = dict(nonfinite=0.01,            # more than this share of the gradients is not finite (or a loss is not)
              score=50,                  # D is saturated: scores of reals or fakes are as far as this from 0
-             loss_g=5, r1=10,           # so many times the median over the last `window` log intervals, `least` at least,
+             loss_g=5, r1=10,           # so many times the median of the last `window` log intervals, `least` at least,
              floor_g=10, floor_r1=1,    # and above its floor: a loss, and R1's term in D's loss
              fake_std=0.1,              # less than this share of that median: all pixels are alike
              window=32, least=8,
              distance=2,                # the first metric, if a Frechet distance, is so many times the best of the run
-             slow_kimg=200,             # half the learning rates for so long after going back
+             slow_kimg=200,             # after going back the learning rates are halved for so long
              tries=3, tries_kimg=1000)  # the run ends after so many recoveries within so many kimg
 MBSTD_GROUP = 4  # mini-batch standard deviation compares so many images; they share one patch
 def schedules(cfg, kimg):
@@ -212,14 +209,9 @@ def to_rgb(image):
 def crop_resize(image, resolution, filter):  # the largest centred square, resized
     return PIL.ImageOps.fit(image, (resolution, resolution), filter)
 def read_depth(png):
-    """Depth from the bytes of a PNG of any bit depth. -> float32 (H, W)"""
-    wide = png[:8] == b"\x89PNG\r\n\x1a\n" and png[24:26] == b"\x10\x04"
-    if wide:    # 16-bit gray and alpha, which PIL cuts to 8: declared 8-bit RGBA, the same bytes come out whole
-        header = png[12:24] + b"\x08\x06" + png[26:29]
-        png = png[:12] + header + zlib.crc32(header).to_bytes(4, "big") + png[33:]
+    """Depth from the bytes of a PNG, 8 or 16 bits. -> float32 (H, W)"""
     with PIL.Image.open(io.BytesIO(png)) as f:
-        d = np.atleast_3d(np.asarray(f.convert("L") if f.mode == "P" else f).astype(np.float32))
-    return d[..., 0] * 256 + d[..., 1] if wide else d[..., 0]
+        return np.atleast_3d(np.asarray(f.convert("L") if f.mode == "P" else f).astype(np.float32))[..., 0]
 
 class ImageData:
     """Images of a folder or zip: flat, or one folder per class, or with dataset.json; depth in `<name>_depth.png`.
@@ -254,9 +246,8 @@ class ImageData:
             raise UserError(f"--data {source}: no images in it (looked for {' '.join(sorted(IMAGE_SUFFIXES))})")
         if self.use_depth and (missing := [f for f in self.names if self.depth_name(f) not in depths]):
             kind = UserError if len(missing) < len(self.names) else MissingDepth
-            raise kind(f"--data {source}: {len(missing)} of {len(self.names)} images have no depth, the first is "
-                       f"{missing[0]} (its depth would be {Path(self.depth_name(missing[0])).name}); prepare the "
-                       "photographs with lereS_depth.py, or train on RGB alone with --depth none")
+            raise kind(f"--data {source}: {len(missing)} of {len(self.names)} images have no depth, as {missing[0]}; "
+                       "prepare the photographs with lereS_depth.py, or train on RGB alone with --depth none")
         self.labels = self.read_labels(files)
         self.num_classes = int(self.labels.max(initial=-1)) + 1
     depth_name = staticmethod(lambda name: str(Path(name).with_suffix("")) + "_depth.png")
@@ -284,7 +275,7 @@ class ImageData:
     def archive(self, pid):  # the open zip, one for each process: workers must not share a file position
         return zipfile.ZipFile(self.source)
     def read(self, name, tries=3):
-        """-> bytes of one member. Drives fail and stall: tries again, and in data workers waits READ_SECONDS at most."""
+        """-> bytes of one member. Drives fail and stall: tries again; data workers wait READ_SECONDS at most."""
         alarm = signal.alarm if torch.utils.data.get_worker_info() else (lambda seconds: None)   # see start_worker
         try:
             alarm(self.READ_SECONDS)
@@ -326,7 +317,6 @@ class ImageData:
             except Exception:  # decoders of damaged files raise anything
                 bad, i = [*bad, self.names[i]], (i + 1) % len(self)
         return dict(bad=bad)
-
 length = lambda *coords: np.sqrt(sum(c * c for c in coords))
 # Signed distance of each solid from points (x, y, z), y up; about one unit in size, standing on y = -1 or higher.
 SOLIDS = {
@@ -422,9 +412,8 @@ def collate(items):
     return dict(bad=bad, **{k: torch.stack([torch.as_tensor(item[k]) for item in items]) for k in keys})
 def real_images(batch, device):
     """A batch as the discriminator sees it: RGB and, if there is any, depth. -> (B, 3 or 4, R, R) in [-1, 1]"""
-    if "image" not in batch:
-        bad = batch["bad"]
-        raise UserError(f"--data: {len(set(bad))} images in a row are unreadable or gone, the first is {bad[0]}")
+    if "image" not in batch and (bad := batch["bad"]):
+        raise UserError(f"--data: {len({*bad})} images in a row are unreadable or gone, the first is {bad[0]}")
     rgb = batch["image"].to(device, non_blocking=True).float() / 127.5 - 1
     return torch.cat([rgb, batch["depth"].to(device, non_blocking=True)], 1) if "depth" in batch else rgb
 class MirroredData(torch.utils.data.Dataset):
@@ -503,9 +492,8 @@ def sample_triplane(planes, points, box):
 # The same in one pass. A custom operator and no autograd.Function: torch.compile knows its shapes and leaves it alone.
 @functools.cache
 def custom_ops(device_type):
-    """A function that calls custom_ops.cu on "cuda" or "cpu"; without it None, and one line that says why. It compiles
-    once, into TORCH_EXTENSIONS_DIR or PyTorch's own place: a build is renamed when it is complete and its name tells
-    source, target and flags, so any number of processes may start at once."""
+    """A function that calls custom_ops.cu on "cuda" or "cpu"; without it None, and one line that says why.
+    Compiled once, into TORCH_EXTENSIONS_DIR or PyTorch's own place; its name tells source, target and flags."""
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)   # it warns of machines without a GPU
     from torch.utils import cpp_extension
     source, cuda = Path(__file__).with_name("custom_ops.cu"), device_type == "cuda"
@@ -555,8 +543,7 @@ def call_custom_ops(planes, points, box, decoder, *rest):
     if not (planes.dtype in dtypes and three == 3 and T == width and points.shape == (B, N, 3)
             and (len(decoder) == 0 or C <= 32 and len(decoder) == (padded + 5) * 64 + 4) and all(
             t.dtype == real and t.device == planes.device for t in (points, decoder, *rest))):
-        raise ValueError("triplane: needs planes (B, 3, C, T, T), points (B, N, 3), a decoder, empty or packed (C at "
-                         "most 32), on one device; planes float32 or bfloat16, the others float32; or all float64")
+        raise ValueError("triplane: a shape, type or device is not as its docstring says")
     planes = planes if planes.stride(2) == 1 else channels_last(planes)
     tensors = [planes, *(t.contiguous() for t in (points, decoder, *rest))]
     size, pointers = [B, N, C, T, *(planes.stride(i) for i in (0, 1, 3, 4))], [t.data_ptr() for t in tensors]
@@ -568,9 +555,9 @@ def channels_last(planes):
     return planes.movedim(2, 4).contiguous().movedim(4, 2)
 @torch.library.custom_op("threedgp::triplane", mutates_args=())
 def triplane(planes: torch.Tensor, points: torch.Tensor, box: float, decoder: torch.Tensor) -> torch.Tensor:
-    """`sample_triplane`, or with `TriplaneDecoder.packed()` for a decoder what that makes of the features: (B, N, 4).
-    Planes may be float32 or bfloat16, and float64 on a CPU; fast if their channels are adjacent (`channels_last`).
-    Points and decoder are float32 (float64 with float64). An empty decoder is none. Gradients to all three."""
+    """`sample_triplane`, or with `TriplaneDecoder.packed()` (C <= 32; empty: none) what that makes of it (B, N, 4);
+    planes (B, 3, C, T, T) float32 or bfloat16, fast if `channels_last`; points (B, N, 3), decoder float32; on a CPU all
+    may be float64. All on one device. Gradients to all three."""
     out = points.new_empty(*points.shape[:2], 4 if len(decoder) else planes.shape[2])
     call_custom_ops(planes, points, box, decoder, out)
     return out
@@ -657,7 +644,6 @@ def camera_rays(camera, resolution, patch=None):
     in_camera = F.normalize(torch.cat([xy, -focal.view(n, 1, 1).expand(-1, xy.shape[1], 1)], 2), dim=2)
     directions = in_camera @ pose[:, :3, :3].transpose(1, 2)                          # (B, R, 3)
     return pose[:, None, :3, 3].expand_as(directions), directions
-
 class CameraAdaptor(nn.Module):
     """One MLP of the camera generator: parameters, embeddings of z and class -> new parameters before the sigmoid."""
     def __init__(self, in_features, z_dim, num_classes, out_features, lr_mult):
@@ -689,16 +675,12 @@ class CameraGenerator(nn.Module):
 def emd_1d(a, b):
     """Squared-cost optimal transport between equal numbers of scalars: in 1-D, sort both. a, b (n, ...) -> (...)"""
     return (a.sort(0).values - b.sort(0).values).square().mean(0)
-def camera_emd(prior, posterior):
-    """Earth mover's distance of each of the six camera parameters, in squared radians or degrees. -> (6,)"""
-    return emd_1d(camera_parameters(prior), camera_parameters(posterior))
 def camera_gradient_penalty(camera_generator, prior, z, c):
     """The paper's regulariser: |g| + 1 / (|g| + 1e-4), g = d posterior_i / d prior_i, mean over samples. -> (6,)"""
     p = camera_parameters(prior).detach().requires_grad_()
     posterior = camera_parameters(camera_generator(Camera(p[:, 0], p[:, 1], p[:, 2], prior.radius, p[:, 3:]), z, c))
     g = torch.stack([torch.autograd.grad(posterior[:, i].sum(), p, create_graph=True)[0][:, i] for i in range(6)], 1)
     return (g.abs() + 1 / (g.abs() + 1e-4)).mean(0)
-
 def sample_patch(cfg, n, kimg):
     """n random patches; every MBSTD_GROUP consecutive ones are the same. Scale ~ s_min + (1 - s_min) Beta(1, b)."""
     groups, s_min, b = -(-n // MBSTD_GROUP), cfg.patch_resolution / cfg.resolution, schedules(cfg, kimg)["patch_beta"]
@@ -719,8 +701,7 @@ def stratified_depths(near, far, shape, samples, random, device):
     return edges[:-1] + edges.diff() * u
 @torch.no_grad()
 def importance_depths(depths, weights, u):
-    """Invert the piecewise constant distribution of the coarse weights between midpoints of `depths`. No gradient.
-    depths (..., S) sorted, weights (..., S), u (..., K) in [0, 1] -> (..., K)"""
+    """Inverts the coarse weights' distribution. depths (..., S) sorted, weights (..., S), u (..., K) -> (..., K)"""
     bins = (depths[..., 1:] + depths[..., :-1]) / 2                                   # (..., S-1)
     pdf = weights[..., 1:-1] + 1e-5 + 1e-5                                            # (..., S-2)
     cdf = F.pad((pdf / pdf.sum(-1, keepdim=True)).cumsum(-1), (1, 0))                 # (..., S-1)
@@ -737,7 +718,6 @@ def march_rays(rgb, sigma_raw, depths):
     """Composite rgb (..., S, 3) by sigma_raw, sorted depths (..., S) -> rgb (..., 3), depth (...), weights (..., S)"""
     weights = ray_weights(sigma_raw, depths)
     return (weights[..., None] * rgb).sum(-2), (weights * depths).sum(-1), weights
-
 class TriplaneDecoder(nn.Module):
     """Two layers from the mean plane feature to colour (as is, no sigmoid) and density (before the softplus)."""
     def __init__(self, features):
@@ -752,8 +732,7 @@ class TriplaneDecoder(nn.Module):
         width = 16 if w1.shape[1] <= 16 and not w1.is_cuda else 32
         return torch.cat([F.pad(w1, (0, width - w1.shape[1])).flatten(), b1, w2.flatten(), b2])
 def query_triplane(planes, points, box, decoder, fused):
-    """Colour and density at points: `decoder(sample_triplane(planes, points, box))`, fused or not.
-    planes (B, 3, C, T, T), points (B, N, 3) in world units -> rgb (B, N, 3), sigma_raw (B, N)"""
+    """`decoder(sample_triplane(planes, points, box))`, fused or not -> rgb (B, N, 3), sigma_raw (B, N)"""
     query = planes, points, box
     if fused and planes.shape[2] <= 32:
         out = triplane(*query, decoder.packed())
@@ -773,7 +752,6 @@ class MappingNetwork(nn.Module):
     def forward(self, z, c):  # (B, z_dim) or None, (B, c_dim) or None -> (B, w_dim)
         inputs = [z, self.embed(c) if self.embed is not None else None]
         return self.fc1(self.fc0(torch.cat([normalize_2nd_moment(x) for x in inputs if x is not None], 1)))
-
 def modulated(i, o, w_dim, size):  # a convolution whose input is scaled by a style -> w's layer, weights, bias
     return Linear(w_dim, i, bias_init=1), nn.Parameter(torch.randn(o, i, size, size)), nn.Parameter(torch.zeros(o))
 class SynthesisLayer(nn.Module):
@@ -1068,14 +1046,13 @@ def draw_latents(cfg, n, labels, phase=""):
     z = torch.randn(n, cfg.z_dim, device=labels.device)
     c = labels[torch.randint(max(len(labels), 1), (n,), device=z.device)] if cfg.num_classes else z.new_zeros(n).long()
     return z, c, sample_camera_prior(cfg, n, z.device)
-
 def camera_regularizer(G, labels, kimg):
     """What keeps the camera posterior from collapsing (paper section 3.2) -> loss, {name: (6,) or scalar} to log"""
     cfg, ranges = G.cfg, camera_ranges(G.cfg, labels.device)
     z, c, prior = draw_latents(cfg, 256, labels)    # all measure the mean direction, the first 64 of them the spread
     posterior, few = G.camera_generator(prior, z, c), rows(prior, 0, 64)
     center = (torch.stack([posterior.yaw, posterior.pitch], 1).mean(0) - ranges[:2].mean(1)).norm()
-    emd = camera_emd(few, rows(posterior, 0, 64))
+    emd = emd_1d(camera_parameters(few), camera_parameters(rows(posterior, 0, 64)))   # in squared radians or degrees
     spread = camera_gradient_penalty(G.camera_generator, few, z[:64], c[:64]) if cfg.camera_reg == "grad" else emd
     weights = torch.tensor(cfg.camera_reg_weights, device=labels.device)[[0, 1, 2, 3, 3, 3]]     # the last: look-at
     unit = ranges.diff(dim=1)[:, 0].square() if cfg.camera_reg == "emd" and cfg.camera_reg_units == "range" else 1
@@ -1124,7 +1101,6 @@ def non_flatness_score(depth, near, far, bins=64):
 def area8(image):
     """8x8 area averages of all channels: where things are, their colour and depth. (B, C, H, W) -> (B, 64 C)"""
     return F.adaptive_avg_pool2d(image, 8).flatten(1)
-
 INCEPTION = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 class Detector:
     """(B, 3 or 4, H, W) in [-1, 1] -> features (B, width), beside them class probabilities, if any. name: as --detector
@@ -1154,7 +1130,6 @@ class Detector:
                 raise UserError(f"--detector {name}: {what} ({str(e).strip().splitlines()[0]}); give its file by "
                                 "--detector FILE, or another network by --detector timm:NAME[:WEIGHTS]") from None
     __call__ = lambda self, image: torch.cat([x.float() for x in self.measure(image)], 1)
-
 def parse_metrics(text):
     """"fid50k,nfs256" -> [("fid", "50k", 50000), ("nfs", "256", 256)]. Below 10k, k is 1,024, as in the field."""
     out = []
@@ -1178,18 +1153,16 @@ def batches(items, cfg, rank, desc):
     """Items, a tensor or a list, in parts that fit into memory, with a progress bar."""
     n = max(1, min(16, 2 ** 18 // cfg.resolution ** 2))
     return tqdm([items[i:i + n] for i in range(0, len(items), n)], desc, unit="batch", disable=rank > 0, leave=False)
-class Stopped(Exception):
-    """A process was asked to stop while the metrics were measured."""
 def collect(batches, n, keep, rank, world, stop=None):
     """All processes' `batches` (B, F) of `share` -> first `keep` rows; mean (F,), covariance (F, F) of n in float64.
-    stop: a list; raises Stopped in all processes when it is not empty in one."""
+    stop: a list; raises KeyboardInterrupt in all processes when it is not empty in one."""
     parts, total, i = [], 0, rank
     for x in batches:
         counts = torch.arange(i, i + world * len(x), world, device=x.device) < n     # not those that wrapped
         y = F.pad(x.double(), (1, 0), value=1.0) * counts[:, None]  # a one in front: y^T y has count, sum and products
         parts, total, i = [*parts, x] if i - rank < keep else parts, total + y.t() @ y, i + world * len(x)
         if stop is not None and mean_over_processes(total.new_tensor(float(bool(stop)))):
-            raise Stopped
+            raise KeyboardInterrupt
     x = torch.cat(parts)[:-(-keep // world)]
     if world > 1:
         dist.all_reduce(total)
@@ -1217,8 +1190,7 @@ def real_statistics(cfg, data, detector, device, reals, keep, rank, world, stop=
     return stats
 @torch.no_grad()
 def evaluate(G, data, labels, metrics, detector, reals, rank, world, stop=None):
-    """Metrics of G in evaluation mode; all calls draw the same on any number of processes. -> {name: number or list}
-    stop: see `collect`"""
+    """Metrics of G in evaluation mode, the same on any number of processes; stop: see `collect`. -> {name: number}"""
     cfg, wanted, out, adaptor = G.cfg, parse_metrics(metrics), {}, G.depth_adaptor
     z, c, prior = draw_latents(cfg, max(k for _, _, k in wanted), labels, "evaluate")
     def features(i):
@@ -1227,17 +1199,16 @@ def evaluate(G, data, labels, metrics, detector, reals, rank, world, stop=None):
     def flatness(i):    # seen from the middle of the posterior, without thin fog
         _, depth = G.render(G.backbone(G.mapping(z[i], c[i])), mean_camera(G, c[i]), cfg.resolution, cut=True)
         return non_flatness_score(depth, cfg.near, cfg.far)[:, None]
-    measure = lambda f, n, desc: collect(map(f, batches(share(n, rank, world), cfg, rank, desc)), n, n, rank, world,
-                                         stop)
+    over = lambda f, n, desc: collect(map(f, batches(share(n, rank, world), cfg, rank, desc)), n, n, rank, world, stop)
     if detector:
         n, w = max(k for kind, _, k in wanted if kind != "nfs"), slice(detector.width)
         real, mean, cov = real_statistics(cfg, data, detector, labels.device, reals, n, rank, world, stop)
-        fake = measure(features, n, "measuring samples")[0]
+        fake = over(features, n, "measuring samples")[0]
     table = {"fid": lambda k: {"fid": frechet_distance((mean[w], cov[w, w]), gaussian(fake[:k, w]))},
              "kid": lambda k: {"kid": kernel_distance(real[:k, w], fake[:k, w])},
              "is": lambda k: {"is": inception_score(fake[:k, detector.width:])},
              "pr": lambda k: dict(zip(("precision", "recall"), precision_recall(real[:k, w], fake[:k, w]))),
-             "nfs": lambda k: {"nfs": float(measure(flatness, k, "measuring depth")[1])}}
+             "nfs": lambda k: {"nfs": float(over(flatness, k, "measuring depth")[1])}}
     others = {"fid": "fd", "kid": "kd", "is": "score"}      # only Inception's numbers are called fid, kid and is
     for kind, count, k in wanted:
         names, label = (others, f"[{detector.label}]") if kind != "nfs" and detector.label else ({}, "")
@@ -1330,8 +1301,7 @@ class Averages:
     def add(self, **values):
         for name, v in values.items():
             self.values.setdefault(name, []).append(torch.as_tensor(v, dtype=torch.float32).detach())
-    def mark(self, phase):
-        """A phase of the step has ended, which `bench` wants to know."""
+    mark = lambda self, phase: None     # a phase of the step has ended, which `bench` wants to know
     def result(self, device):
         means = {k: torch.stack([x.to(device) for x in v]).mean(0) for k, v in sorted(self.values.items())}
         self.values, flat = {}, mean_over_processes(torch.cat([x.flatten() for x in means.values()]))
@@ -1443,54 +1413,42 @@ def training_step(cfg, modules, teacher, batch, labels, step, stats, stop=False)
         torch._foreach_copy_(list(ema.buffers()), list(G.buffers()))
     stats.mark("EMA")
     return bool(stop)
-
 MAY_DIFFER = {"data", "out", "resume", "device", "workers", "teacher_weights", "depth_weights"}   # between machines
 # options that may be set anew on resuming; all others are the checkpoint's
 FREE_ON_RESUME = set("out resume device workers kimg snapshot_kimg log_kimg metrics metrics_kimg detector reals fused "
                      "batch_gpu compile data precision teacher_weights depth_weights guard timeout".split())
-
 def checkpoints(folder):
     """Checkpoints of a run, the newest first. -> [(kimg, path)]"""
     return sorted(((float(p.stem[11:]), p) for p in Path(folder).glob("checkpoint-*.pt")), reverse=True)
 def load_checkpoint(*paths):
-    """The first of the paths that is whole: the CRC-32 of each of its parts agrees. -> path, Config, state"""
-    needed = {"config", "step", "images", "seconds", "G", "D", "G_ema", "opt_g", "opt_d"}
+    """The first whole one, where the CRC-32 of each part agrees, of the paths, or of the run in a folder, the newest
+    first. -> path, Config, state"""
+    if (folder := Path(paths[0])).is_dir() and not (paths := [p for _, p in checkpoints(folder)]):
+        raise UserError(f"--resume: no checkpoint in {folder}; name one, or the folder of a run")
     for path in paths:
         try:
-            state = load_tensors(path, "--resume", mmap=True)
-            if not isinstance(state, dict) or not needed <= {*state}:
-                raise UserError(f"--resume {path}: not a checkpoint of this program")
-            try:
-                with zipfile.ZipFile(path) as f:
-                    if f.testzip():
-                        raise zipfile.BadZipFile
-                return path, Config(**state["config"]), state
-            except TypeError as e:
-                raise UserError(f"--resume {path}: of another version of this program ({e})") from None
-            except Exception:   # zipfile, of damaged files, raises anything
-                raise UserError(f"--resume {path}: damaged, its checksum is wrong") from None
-        except UserError as e:
+            problem, state = "not a checkpoint of this program", load_tensors(path, "--resume", mmap=True)
+            state = {k: state[k] for k in "config step images seconds G D G_ema opt_g opt_d".split()}
+            problem = "damaged, its checksum is wrong"
+            with zipfile.ZipFile(path) as f:
+                if broken := f.testzip():
+                    raise zipfile.BadZipFile(broken)
+            problem = "of another version of this program"
+            return path, Config(**state["config"]), state
+        except Exception as e:  # zipfile, of damaged files, raises anything
+            error = e if isinstance(e, UserError) else UserError(f"--resume {path}: {problem} ({e})")
             if path == paths[-1]:
-                raise
-            print(f"3dgp.py: warning: {e}; the checkpoint before it is taken", file=sys.stderr)
-def find_checkpoint(path):
-    """path: a checkpoint, or a run folder for its newest whole one. -> as `load_checkpoint`"""
-    found = [p for _, p in checkpoints(path)] or [Path(path)]
-    if found[0].is_dir():
-        raise UserError(f"--resume: no checkpoint in {path}")
-    return load_checkpoint(*found)
+                raise error from None
+            print(f"3dgp.py: warning: {error}; the checkpoint before it is taken", file=sys.stderr)
 def thin_out(folder, images, every):
     """Deletes old checkpoints (one every so many images): of ages from 2^k intervals to the next power, one is kept."""
     for kimg, path in checkpoints(folder):
         number, newest = round(kimg * 1000) // every, images // every
         if number % 2 ** int(math.log2(max(newest - number, 1))):
             path.unlink()
-
 def load_generator(options):
     """The averaged generator of the checkpoint options.resume. -> Generator in evaluation mode, path, kimg seen"""
-    if not options.resume:
-        raise UserError("--resume: name a checkpoint, or the folder of a run")
-    path, cfg, state = find_checkpoint(options.resume)
+    path, cfg, state = load_checkpoint(options.resume)
     device = choose_device(options, distributed()[2])
     try:
         validate(cfg, 1)
@@ -1515,7 +1473,6 @@ def join_processes(cfg, device, world):
 def distributed():
     """-> rank, processes, and the rank on this machine, as torchrun says."""
     return tuple(int(os.environ.get(*x)) for x in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-
 def validate(cfg, world):
     """All that can be wrong in a configuration, before anything is built. -> images of a process in a step"""
     R, P, share = cfg.resolution, cfg.patch_resolution, cfg.batch_size // world
@@ -1537,8 +1494,7 @@ def validate(cfg, world):
     check(P <= R, f"--patch-resolution {P}: larger than --resolution {R}")
     check(0 <= cfg.prior_pitch[0] and cfg.prior_pitch[1] <= math.pi, "--prior-pitch: must lie between 0 and pi")
     check(cfg.prior_fov[1] < 180, "--prior-fov: must stay below 180 degrees")
-    check(cfg.channel_base >= max(R, cfg.triplane_resolution),
-          f"--channel-base {cfg.channel_base}: leaves no channel at the highest resolution")
+    check(cfg.channel_base >= max(R, cfg.triplane_resolution), "--channel-base: less than the highest resolution")
     check(cfg.coarse_samples >= 3, f"--coarse-samples {cfg.coarse_samples}: must be 3 or more")
     check(cfg.near < cfg.far, f"--near {cfg.near}: must be less than --far {cfg.far}")
     check(cfg.batch_size % world == 0, f"--batch-size {cfg.batch_size}: not divisible by {world} processes")
@@ -1546,11 +1502,10 @@ def validate(cfg, world):
           f": a pass has {micro} images, but must have a multiple of {MBSTD_GROUP} (mini-batch standard deviation)")
     check(share % micro == 0, f"--batch-gpu {cfg.batch_gpu}: does not divide a process's share of {share} images")
     return share
-
 def images_per_pass(cfg, share, device):
-    """--batch-gpu, or where that is 0 the most images that divide a process's share, in whole groups of the mini-batch
-    standard deviation, and need half of the memory at most: 32 bytes for each number in the planes, in the feature maps
-    of every resolution and, 8 for each, in the samples on rays. CPUs count as 8 GiB and get no more than 8 images."""
+    """--batch-gpu, or where that is 0 the most images, in whole MBSTD_GROUPs, that divide a process's share and need
+    half of the memory at most, at 32 bytes for each number in planes and feature maps, and 8 numbers for each sample on
+    a ray. CPUs count as 8 GiB and get no more than 8 images."""
     T, P, cuda = cfg.triplane_resolution, cfg.patch_resolution, device.type == "cuda"
     per_pixel = cfg.adaptor_channels + 8 * (cfg.coarse_samples + cfg.fine_samples)
     numbers = 3 * cfg.triplane_features * T * T + per_pixel * P * P + sum(channels(cfg, r) * (
@@ -1559,7 +1514,6 @@ def images_per_pass(cfg, share, device):
     fits = fits if cuda else min(fits, 8)
     choices = [n for n in range(MBSTD_GROUP, share + 1, MBSTD_GROUP) if share % n == 0 and n <= fits]
     return min(cfg.batch_gpu, share) or max(choices, default=min(MBSTD_GROUP, share))
-
 def choose_device(cfg, local_rank):
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no GPU that this PyTorch can use; install a CUDA build or leave --device out")
@@ -1571,35 +1525,30 @@ def choose_device(cfg, local_rank):
     if local_rank >= torch.cuda.device_count():
         raise UserError(f"{local_rank + 1} processes on a machine with {torch.cuda.device_count()} GPUs; start fewer")
     torch.cuda.set_device(local_rank)
-    precision = getattr(cfg, "precision", "tf32")
-    torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
-    torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    torch.backends.cudnn.allow_tf32 = tf32 = getattr(cfg, "precision", "tf32") != "fp32"
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
     return torch.device("cuda", local_rank)
-
 def diagnose(entry, before, cfg, parameters):
     """A log entry, the healthy ones before it, numbers of parameters of G and D -> what tells of divergence, or """""
     before, share = before[-GUARD["window"]:], [entry[f"nonfinite_{k}"] / n for k, n in zip("gd", parameters)]
-    def limit(name):     # so many times the median
+    def limit(name, floor=0.0):     # so many times the median, `floor` at least
         known = [x[name] for x in before if name in x]
-        return GUARD[name] * np.median(known) if len(known) >= GUARD["least"] else math.nan
-    score = max(entry["score_real"], entry["score_fake"], key=abs)
+        return max(GUARD[name] * np.median(known), floor) if len(known) >= GUARD["least"] else math.nan
+    score, r1 = max(entry["score_real"], entry["score_fake"], key=abs), entry.get("r1", 0)
     found = {f"{max(share):.0%} of the gradients are not finite": max(share) > GUARD["nonfinite"],
              "a loss is not finite": not math.isfinite(entry["loss_g"] + entry["loss_d_real"] + entry["loss_d_fake"]),
              f"D is saturated, its mean score is {score:.3g}": abs(score) > GUARD["score"],
              f"images are constant, their deviation is {entry['fake_std']:.2g}": entry["fake_std"] < limit("fake_std"),
-             f"G's loss jumped to {entry['loss_g']:.3g}": entry["loss_g"] > limit("loss_g") and
-             entry["loss_g"] > GUARD["floor_g"],
-             f"R1 jumped to {(r1 := entry.get('r1', 0)):.3g}": r1 > limit("r1") and
-             r1 * cfg.r1_gamma / 2 > GUARD["floor_r1"]}
+             f"G's loss jumped to {entry['loss_g']:.3g}": entry["loss_g"] > limit("loss_g", GUARD["floor_g"]),
+             f"R1 jumped to {r1:.3g}": r1 > limit("r1", 2 * GUARD["floor_r1"] / max(cfg.r1_gamma, 1e-9))}
     return next((what for what, is_so in found.items() if is_so), "")
-
 def go_back(cfg, what, kimg, healthy):
-    """After a divergence at kimg: -> Config, state of a checkpoint from when all was healthy, or, if that has happened
-    before, of one before that. Newer checkpoints are deleted, since they may be ill."""
+    """After a divergence at kimg: -> Config, state of a checkpoint from when all was healthy (after the n-th divergence
+    of one n - 1 before it). Newer ones are deleted, since they may be ill."""
     recent = sum(abs(kimg - x) < GUARD["tries_kimg"] for x in cfg.recoveries)
     if recent >= GUARD["tries"]:
-        raise UserError(f"diverged at {kimg:g} kimg ({what}), after {recent} recoveries; start anew with lower --g-lr and "
-                        "--d-lr, or a higher --r1-gamma")
+        raise UserError(f"diverged at {kimg:g} kimg ({what}), after {recent} recoveries; start anew with lower --g-lr "
+                        "and --d-lr, or a higher --r1-gamma")
     good = [x for x in checkpoints(cfg.out) if x[0] <= healthy] or checkpoints(cfg.out)[-1:]
     path, saved, state = load_checkpoint(*(p for _, p in good[min(recent, len(good) - 1):]))
     if dist.is_initialized():
@@ -1612,16 +1561,13 @@ def go_back(cfg, what, kimg, healthy):
         tqdm.write(f"diverged at {kimg:g} kimg: {what}; back to {path.name}, learning rates halved", file=sys.stderr)
     return dataclasses.replace(saved, **{k: getattr(cfg, k) for k in FREE_ON_RESUME - {"resume"}}, resume=str(path),
                                recoveries=(*cfg.recoveries, back)), state
-
 def load_batches(make_loader, step, patience):
-    """Batches from a step on. Workers that die begin again there, 3 times in a row; for others it waits as long as
-    `patience` timeouts of the loader."""
+    """Batches from a step on. Workers that die begin again, 3 times in a row; slow ones have `patience` timeouts."""
     batches, failures = None, 0
     while True:
-        if batches is None:
-            batches = iter(make_loader(step))
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)    # PyTorch's own handler would raise in the middle of a step
         try:
+            batches = iter(make_loader(step)) if batches is None else batches
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)    # PyTorch's own handler would raise in the middle of a step
             batch = next(batches)
         except (RuntimeError, OSError, EOFError) as e:
             failures, waits, reason = failures + 1, "timed out" in str(e), str(e).partition("\n")[0]
@@ -1629,10 +1575,9 @@ def load_batches(make_loader, step, patience):
                 raise UserError(f"--data: data workers fail again and again: {reason}") from None
             if not waits:
                 batches = tqdm.write(f"data workers begin again: {reason}", file=sys.stderr)
-            continue
-        yield batch
-        step, failures = step + 1, 0
-
+        else:
+            yield batch
+            step, failures = step + 1, 0
 def train(cfg, state=None):
     """The whole run. state: of a checkpoint to go on from. After a divergence it goes on from an earlier one."""
     stop, before = [], {s: signal.getsignal(s) for s in STOP_SIGNALS}
@@ -1644,8 +1589,7 @@ def train(cfg, state=None):
             signal.signal(s, handler)
 
 def train_while_healthy(cfg, resumed, stop):
-    """stop: a list; the run ends when it is not empty, as it is after a signal.
-    -> None at the end; on divergence what tells of it, at how many kimg, and until when all was healthy"""
+    """-> None at the end, or when `stop` is not empty; on divergence what tells of it, its kimg, the last healthy"""
     rank, world, local_rank = distributed()
     share = validate(cfg, world)
     device = choose_device(cfg, local_rank)
@@ -1673,9 +1617,9 @@ def train_while_healthy(cfg, resumed, stop):
             raise UserError(f"--resume {cfg.resume}: does not fit its own configuration ({type(e).__name__})") from None
     labels = torch.from_numpy(data.labels).to(device)
     total_steps = math.ceil(cfg.kimg * 1000 / cfg.batch_size)
-    if step >= total_steps:
-        raise UserError(f"--kimg {cfg.kimg:g}: the checkpoint has seen {images / 1000:g} already; ask for more")
     out = Path(cfg.out)
+    if step >= total_steps:     # restarted after its end
+        return say(f"{out}: finished already")
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         write_reals(data, out / "reals.png")
@@ -1693,8 +1637,7 @@ def train_while_healthy(cfg, resumed, stop):
         f"{cfg.batch_gpu} on {device}; {out}")
     make_loader = lambda step: torch.utils.data.DataLoader(
         MirroredData(data), batch_sampler=Batches(cfg, len(data), step, rank, world), num_workers=cfg.workers,
-        collate_fn=collate, pin_memory=device.type == "cuda", worker_init_fn=start_worker,
-        timeout=10 if cfg.workers else 0)
+        timeout=cfg.workers and 10, collate_fn=collate, worker_init_fn=start_worker, pin_memory=device.type == "cuda")
     stats, unreadable, said, done, start = Averages(), set(), set(), False, time.time() - seconds
     history, healthy, measured = [], images / 1000, images / 1000    # kimg of the last healthy log line, measurement
     for s in STOP_SIGNALS:
@@ -1712,7 +1655,7 @@ def train_while_healthy(cfg, resumed, stop):
         try:
             name, value, best = measure(out / "metrics.jsonl", images / 1000, ema, data, labels, cfg, detector, rank,
                                         world, stop) if cfg.metrics else ("", 0, 1)
-        except Stopped:     # the next step ends the run
+        except KeyboardInterrupt:   # `stop` was set meanwhile; the next step ends the run
             return ""
         if rank == 0 and value == best:
             save(out / "best.pt")
@@ -1771,10 +1714,8 @@ def parse_line(line):
         return dict(json.loads(line))
     except (ValueError, TypeError):
         return {}
-
 def measure(path, kimg, G, data, labels, options, detector, rank, world, stop=None):
-    """`evaluate`, printed and appended to a file. -> name and value of the first number, and the best of it in the file
-    (process 0 alone; others: "", 0, 1)"""
+    """`evaluate`, printed and appended to a file. -> name, value and best so far of its first number (in process 0)"""
     result = evaluate(G, data, labels, options.metrics, detector, options.reals, rank, world, stop)
     if rank:
         return "", 0, 1
@@ -1784,7 +1725,6 @@ def measure(path, kimg, G, data, labels, options, detector, rank, world, stop=No
     best = min if first[:2] in ("fi", "fd", "ki", "kd") else max
     values = [x[first] for x in map(parse_line, path.read_text().splitlines()) if math.isfinite(x.get(first, math.nan))]
     return first, result[first], best(values, default=result[first])
-
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)     # Ctrl-C, schedulers and spot machines, SLURM
 def start_worker(_):
     """In data workers: the training process decides when to stop; `ImageData.read` sets an alarm."""
@@ -1809,9 +1749,8 @@ def memory(device, reset=False):
         return math.nan, math.nan
 def check_readable(names, said, images, cfg):
     """Share the names of unreadable images and name each once; stop if more than 1% of the first 1000 are bad."""
-    parts = [names]
+    parts = [names] * distributed()[1]
     if dist.is_initialized():
-        parts = [None] * dist.get_world_size()
         dist.all_gather_object(parts, names)
     fresh = set().union(*parts) - said
     said |= fresh
@@ -1979,7 +1918,6 @@ def sample(options):
     if options.cameras:
         write_cameras(G, out / "cameras.png")
     print(f"written to {out}")
-
 def evaluate_checkpoint(options):
     """`eval`: metrics of a checkpoint, over all processes."""
     (rank, world, _), (G, path, kimg) = distributed(), load_generator(options)
@@ -2180,7 +2118,6 @@ def add_options(parser, options):
             kind = dict(type=type_, choices=choices, metavar=None if choices else type_.__name__.upper())
         parser.add_argument(flag, help=text, **kind)
 MODES = {"train": Config, "sample": SampleConfig, "eval": EvalConfig, "report": ReportConfig, "bench": BenchConfig}
-
 def parse_arguments(argv):
     """-> mode, {field: value} of the options given. The first word may be a mode; train is the default."""
     argv = sys.argv[1:] if argv is None else argv
@@ -2194,7 +2131,6 @@ def parse_arguments(argv):
                     epilog=epilog if mode == "train" else None)
     add_options(parser, MODES[mode])
     return mode, {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
-
 def make_config(given):
     """Defaults, then the size's preset, then the data's, then what was given."""
     data = DATA_PRESETS.get(given.get("data", "shapes"), {})
@@ -2205,7 +2141,6 @@ def make_config(given):
     return Config(**values)
 def holds_run(folder):
     return any((Path(folder) / name).exists() for name in ("config.json", "log.jsonl"))
-
 def resolve(given):
     """-> Config, and the state to resume from or None. Decides the run folder; refuses to write over another run."""
     name, found = Path(given.get("data", "shapes")).resolve().stem or "data", []
@@ -2222,7 +2157,7 @@ def resolve(given):
         if cfg.out and holds_run(cfg.out) and not resume:
             raise UserError(f"--out {cfg.out}: holds a run; go on with it by --resume latest, or name another folder")
         return dataclasses.replace(cfg, out=cfg.out or str(free)), None
-    path, saved, state = find_checkpoint(latest if resume in ("latest", "auto") else resume)
+    path, saved, state = load_checkpoint(latest if resume in ("latest", "auto") else resume)
     given["resume"] = resume
     differing = [f"{k} (there {getattr(saved, k)!r}, here {v!r})" for k, v in given.items()
                  if k not in FREE_ON_RESUME and v != getattr(saved, k)]
@@ -2231,7 +2166,10 @@ def resolve(given):
     out = Path(given.get("out") or path.parent)
     if out.resolve() != path.resolve().parent and holds_run(out):
         raise UserError(f"--out {out}: holds another run than {path}; name another folder")
-    return dataclasses.replace(saved, **{**given, "out": str(out), "resume": str(path)}), state
+    cfg = dataclasses.replace(saved, **{**given, "out": str(out), "resume": str(path)})
+    if resume != "auto" and state["images"] >= cfg.kimg * 1000:
+        raise UserError(f"--kimg {cfg.kimg:g}: the checkpoint has seen {state['images'] / 1000:g}; ask for more")
+    return cfg, state
 
 def main(argv=None):
     try:

@@ -286,9 +286,9 @@ def test_fused_query_is_a_proper_operator():
     with torch.autocast("cpu", torch.bfloat16):                                            # points keep their precision
         close([fused_features(planes, points)], [m.sample_triplane(planes.float(), points, 0.5)])
     for bad in ((planes.half(), points), (planes, points[:1]), (planes, points.double()), (planes[..., :-1], points)):
-        with pytest.raises(ValueError, match="planes \\(B, 3, C, T, T\\)"):
+        with pytest.raises(ValueError, match="docstring"):
             fused_features(*bad)
-    with pytest.raises(ValueError, match="packed"):
+    with pytest.raises(ValueError, match="docstring"):
         m.triplane(query_inputs(20)[0], points, 0.5, decoder.packed())                      # packed for 8 channels, not for 20
     empty = values_and_gradients(fused_features, planes, points.detach()[:, :0].requires_grad_())
     assert empty[0].shape == (2, 0, 8) and not empty[1].any()
@@ -473,8 +473,9 @@ def test_r1_double_backward_by_finite_differences():
 def test_schedules_at_their_ends():
     cfg = m.Config()
     start, end = m.schedules(cfg, 0), m.schedules(cfg, 1e6)
-    assert start == dict(blur_sigma=10, density_noise=1, patch_beta=0.001, raw_depth_share=0.25, camera_reg_weight=0, kd_weight=1)
-    assert end == dict(blur_sigma=0, density_noise=0, patch_beta=0.8, raw_depth_share=0.1, camera_reg_weight=1, kd_weight=0)
+    assert start == dict(blur_sigma=10, density_noise=1, patch_beta=0.001, raw_depth_share=0.25, camera_reg_weight=0, kd_weight=1,
+                         lr_factor=1)
+    assert end == dict(blur_sigma=0, density_noise=0, patch_beta=0.8, raw_depth_share=0.1, camera_reg_weight=1, kd_weight=0, lr_factor=1)
     assert m.schedules(cfg, 5_000)["raw_depth_share"] == pytest.approx(0.175)
 
 def test_adaptor_choices_follow_the_schedule():
@@ -875,14 +876,6 @@ def test_ready_depth_maps_of_any_kind(tmp_path):
         d = ramp[0, 20:60] if out == "plain" else 1 / ramp[0, 20:60]                       # the middle of the photograph
         expected = (d - d.min()) / (d.max() - d.min()) * 65535
         assert np.abs(read(out, "a") - expected).max() < 300 and np.abs(read(out, "b") - expected).max() < 1200
-
-def test_16_bit_gray_and_alpha_is_read_at_full_precision():
-    values = np.random.default_rng(0).integers(0, 65536, (5, 7, 2)).astype(">u2")
-    rows = b"".join(b"\x00" + row.tobytes() for row in values)
-    chunk = lambda kind, body: len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
-    png = (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", (7).to_bytes(4, "big") + (5).to_bytes(4, "big") + b"\x10\x04\0\0\0")
-           + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
-    assert np.array_equal(m.read_depth(png), values[..., 0].astype(np.float32))
 
 def test_instance_selection_keeps_the_typical(tmp_path, weights, monkeypatch):
     teacher = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())       # mean colour
@@ -1435,7 +1428,7 @@ def test_a_damaged_newest_checkpoint_is_skipped(tmp_path, capsys):
         capsys.readouterr()
         status, err = run_main(capsys, "--resume", newest, "--kimg", 1)
         assert status == 2 and "checkpoint-000000.048.pt" in err and err.count("\n") == 1
-        path, _, state = m.find_checkpoint(out)
+        path, _, state = m.load_checkpoint(out)
         assert path.name == "checkpoint-000000.032.pt" and state["step"] == 2
         assert "warning" in (err := capsys.readouterr().err) and "000000.048.pt" in err
     assert m.main(["--resume", "latest", "--out", str(out), "--kimg", "0.064"]) == 0
@@ -1470,11 +1463,11 @@ def test_metrics_end_soon_after_a_signal(tmp_path, monkeypatch):
             if i == 3:
                 stop.append(1)
             yield torch.randn(4, 2)
-    with pytest.raises(m.Stopped):
+    with pytest.raises(KeyboardInterrupt):
         m.collect(batches(), 400, 4, 0, 1, stop)
     assert len(seen) == 4
 
-def test_restarts_resume_by_themselves(tmp_path, monkeypatch):
+def test_restarts_resume_by_themselves(tmp_path, monkeypatch, capsys):
     for kind in ("TORCHELASTIC", "SLURM"):
         out = tmp_path / kind
         monkeypatch.setenv(f"{kind}_RESTART_COUNT", "1")
@@ -1485,6 +1478,12 @@ def test_restarts_resume_by_themselves(tmp_path, monkeypatch):
     assert m.main(["--resume", "auto", *flags(**MICRO, out=tmp_path / "new", kimg=0.016)]) == 0     # nothing there yet
     assert m.main(["--resume", "auto", "--out", str(tmp_path / "new"), "--kimg", "0.032"]) == 0
     assert checkpoint(tmp_path / "new")["step"] == 2
+    files = {f: f.stat().st_mtime_ns for f in (tmp_path / "new").iterdir()}
+    again = ("--out", str(tmp_path / "new"), "--kimg", "0.032")
+    assert m.main(["--resume", "auto", *again]) == 0 and "finished already" in capsys.readouterr().out      # requeued
+    status, err = run_main(capsys, "--resume", "latest", *again)
+    assert status == 2 and "has seen 0.032; ask for more" in err
+    assert files == {f: f.stat().st_mtime_ns for f in (tmp_path / "new").iterdir()}
 
 def end(processes, seconds):
     """-> exit statuses and errors of processes that must end in time"""
@@ -1610,7 +1609,7 @@ def test_200_mutated_files_are_refused_or_skipped(tmp_path, run):
             try:
                 if name == "pt":
                     (tmp_path / "best.pt").write_bytes(changed)
-                    m.find_checkpoint(tmp_path / "best.pt")
+                    m.load_checkpoint(tmp_path / "best.pt")
                     bad = []
                 else:
                     path = tmp_path / "b.zip" if name == "zip" else root / name
@@ -1652,12 +1651,15 @@ def torchrun(out, *argv, processes=2, **options):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_fault_drill(tmp_path, processes):
     """30 rounds of SIGKILL at random moments: every resume succeeds, at most one snapshot interval is lost."""
-    random, kimg, every, lost = np.random.default_rng(processes), 6, 0.08, []
-    options = dict(kimg=kimg, snapshot_kimg=every, log_kimg=0.016, metrics="", timeout=60)
-    for _ in range(30):
+    random, every, lost = np.random.default_rng(processes), 0.08, []
+    options = dict(kimg=16, snapshot_kimg=every, log_kimg=0.016, metrics="", timeout=60)
+    for i in range(30):
         before = m.checkpoints(tmp_path / "run")[:1]
         p = torchrun(tmp_path / "run", processes=processes, **options)
-        time.sleep(random.uniform(8, 16))
+        if i % 3:       # the others are killed at the start
+            lines = before and len(log(tmp_path / "run"))
+            wait_for(has_lines(tmp_path / "run", lines + 1) if before else has_lines(tmp_path / "run"))
+        time.sleep(random.uniform(0, 3 if i % 3 else 12))
         os.killpg(p.pid, signal.SIGKILL)
         seen = p.communicate()[0]
         assert "Traceback" not in seen and "rror:" not in seen, seen
@@ -1710,8 +1712,8 @@ def test_two_hosts(tmp_path):
         def hosts(out, **options):
             return [subprocess.Popen([
                 "ip", "netns", "exec", f"tdgp{i}", sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--rdzv_backend=c10d",
-                "--rdzv_endpoint=10.99.0.1:29511", "--rdzv_id=t", f"--local_addr=10.99.0.{i + 1}", "--nproc_per_node=1", SCRIPT, "--resume", "auto", "--out", out,
-                *flags(**{**MICRO, "timeout": 20, **options})], env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": f"tdgp{i}"},
+                "--rdzv_endpoint=10.99.0.1:29511", "--rdzv_id=t", f"--rdzv_conf=is_host={1 - i}", f"--local_addr=10.99.0.{i + 1}", "--nproc_per_node=1",
+                SCRIPT, "--resume", "auto", "--out", out, *flags(**{**MICRO, "timeout": 20, **options})], env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": f"tdgp{i}"},
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for i in (0, 1)]
         one = torchrun(tmp_path / "one", kimg=0.16)
         assert one.communicate(timeout=120) and one.returncode == 0
@@ -1737,10 +1739,11 @@ def test_two_hosts(tmp_path):
 def test_help_shows_every_option_with_its_default(mode):
     text = subprocess.run([sys.executable, SCRIPT, mode, "--help"], capture_output=True, text=True, check=True).stdout
     text = re.sub(r"\s+", " ", text)
-    for f in dataclasses.fields(m.MODES[mode]):
+    fields = [f for f in dataclasses.fields(m.MODES[mode]) if f.metadata]      # but for what the program sets itself
+    for f in fields:
         assert ("--" if f.default is not ... else "") + f.name.replace("_", "-") in text
         assert " ".join(f.metadata["help"].split()[:2]) in text, f.name
-    assert text.count("(default:") == sum(f.default is not ... for f in dataclasses.fields(m.MODES[mode]))
+    assert text.count("(default:") == sum(f.default is not ... for f in fields)
 
 def test_presets_name_real_options_and_are_valid():
     names = {f.name for f in dataclasses.fields(m.Config)}
@@ -1775,7 +1778,7 @@ def test_presets_name_real_options_and_are_valid():
     (["--resume", "latest", "--out", "EMPTY"], "no checkpoint"),
     (["--resume", "GARBAGE"], "not a readable"),
     (["paint"], "paint: no such mode"),
-    (["sample"], "--resume: name a checkpoint"),
+    (["sample"], "--resume: no checkpoint in .; name one"),
     (["sample", "--resume", "EMPTY"], "no checkpoint in"),
     (["sample", "--frames", "0"], "--frames, --fps: must be 1 or more"),
     (["sample", "--resolution", "-5"], "--resolution 2 or more"),

@@ -1331,7 +1331,6 @@ def generator_pass(G, D, labels, patch, step, number, weight, stats):
     if G.depth_adaptor is not None:
         stats.add(near_offset=G.depth_adaptor.near_offset().mean(), depth_choice=F.one_hot(choice, 4).float().mean(0))
     return w.detach().sum(0)
-
 def discriminator_pass(D, cfg, teacher, real, c, patch, scale_mean, step, weight, stats):
     """Gradients of D on real images: score, distillation of the whole image, R1 every r1_interval steps."""
     now, lazy_r1 = schedules(cfg, step * cfg.batch_size / 1000), step % cfg.r1_interval == 0
@@ -1354,7 +1353,6 @@ def discriminator_pass(D, cfg, teacher, real, c, patch, scale_mean, step, weight
     (loss * weight).backward()
     stats.mark("D on reals, R1" if lazy_r1 else "D on reals")
     stats.add(loss_d_real=loss_real, score_real=score.mean())
-
 def build(cfg, device):
     """Everything that a run trains and a checkpoint holds, the same in every process. -> {name: module or optimiser}"""
     seed_draws(cfg.seed, -1, "init", 0)
@@ -1368,7 +1366,6 @@ def build(cfg, device):
     opt_g = torch.optim.Adam(G.parameters(), cfg.g_lr, (0.0, 0.99), fused=True)
     opt_d = torch.optim.Adam(D.parameters(), cfg.d_lr * ratio, (0.0, 0.99 ** ratio), fused=True)
     return dict(G=G, D=D, G_ema=ema, opt_g=opt_g, opt_d=opt_d)
-
 def training_step(cfg, modules, teacher, batch, labels, step, stats, stop=False):
     """One update of G, D and the average by a batch of the data (`collate`). -> whether a process wants to stop"""
     G, D, ema, opt_g, opt_d = modules.values()
@@ -1413,7 +1410,7 @@ def training_step(cfg, modules, teacher, batch, labels, step, stats, stop=False)
         torch._foreach_copy_(list(ema.buffers()), list(G.buffers()))
     stats.mark("EMA")
     return bool(stop)
-MAY_DIFFER = {"data", "out", "resume", "device", "workers", "teacher_weights", "depth_weights"}   # between machines
+MAY_DIFFER = {"data", "out", "device", "workers", "teacher_weights", "depth_weights"}   # between machines
 # options that may be set anew on resuming; all others are the checkpoint's
 FREE_ON_RESUME = set("out resume device workers kimg snapshot_kimg log_kimg metrics metrics_kimg detector reals fused "
                      "batch_gpu compile data precision teacher_weights depth_weights guard timeout".split())
@@ -1423,7 +1420,8 @@ def checkpoints(folder):
 def load_checkpoint(*paths):
     """The first whole one, where the CRC-32 of each part agrees, of the paths, or of the run in a folder, the newest
     first. -> path, Config, state"""
-    if (folder := Path(paths[0])).is_dir() and not (paths := [p for _, p in checkpoints(folder)]):
+    folder, *_ = paths = [*map(Path, paths)]
+    if folder.is_dir() and not (paths := [p for _, p in checkpoints(folder)]):
         raise UserError(f"--resume: no checkpoint in {folder}; name one, or the folder of a run")
     for path in paths:
         try:
@@ -1464,7 +1462,7 @@ def join_processes(cfg, device, world):
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                             timeout=datetime.timedelta(seconds=getattr(cfg, "timeout", 600)))
     program = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
-    own = dict(PyTorch=torch.__version__, NumPy=np.__version__, program=program, **vars(cfg))
+    own = dict(vars(cfg), PyTorch=torch.__version__, NumPy=np.__version__, program=program, resume=Path(cfg.resume).name)
     dist.all_gather_object(parts := [None] * world, own)
     for rank, other in enumerate(parts):
         if differing := [f"{k} {v} (process 0: {parts[0].get(k)})" for k, v in other.items()
@@ -1581,6 +1579,8 @@ def load_batches(make_loader, step, patience):
 def train(cfg, state=None):
     """The whole run. state: of a checkpoint to go on from. After a divergence it goes on from an earlier one."""
     stop, before = [], {s: signal.getsignal(s) for s in STOP_SIGNALS}
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":     # when torchrun itself is killed, stop too
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
     try:
         while trouble := train_while_healthy(cfg, state, stop):
             cfg, state = go_back(cfg, *trouble)

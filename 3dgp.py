@@ -1,7 +1,6 @@
 """3DGP: a 3D GAN for any category, learned from unposed photographs. The whole method in this one file. Run it:
     python 3dgp.py                                    # the `shapes` data on a CPU or one GPU; downloads nothing
     python 3dgp.py --data photos/                     # your own pictures; lereS_depth.py estimates their depth first
-    python 3dgp.py --data photos/ --depth none        # the same without depth
     torchrun --nproc_per_node=8 3dgp.py --data imagenet
     python 3dgp.py --help                             # every option, with its default
 Method: Skorokhodov et al., "3D generation on ImageNet", ICLR 2023. Sections, in the paper's order: config, data, ops,
@@ -316,6 +315,7 @@ class ImageData:
                 return dict(self.decode(i), label=int(self.labels[i]) if self.num_classes else 0, bad=bad)
             except Exception:  # decoders of damaged files raise anything
                 bad, i = [*bad, self.names[i]], (i + 1) % len(self)
+        self.MAX_SECONDS = 0    # the run ends: the rest of the batch need not be waited for
         return dict(bad=bad)
 length = lambda *coords: np.sqrt(sum(c * c for c in coords))
 # Signed distance of each solid from points (x, y, z), y up; about one unit in size, standing on y = -1 or higher.
@@ -811,7 +811,6 @@ class TriplaneBackbone(nn.ModuleDict):
         for block in self.values():
             x, planes = block(x, planes, w, noise)
         return planes.unflatten(1, (3, -1))
-
 class DepthAdaptor(nn.Module):
     """Makes rendered depth look like estimated depth (paper section 3.1). Candidate 0 is the depth, to about [-1, 1]
     between a learned near plane and `far`; 1 to 3 are what one shared head reads from each of three convolutions."""
@@ -989,7 +988,6 @@ class Discriminator(nn.Module):
         with torch.autocast(x.device.type, enabled=False):     # statistics and scores in the weights' precision
             (x, features), m = self.b4(x.to(code.dtype)), self.head_mapping(None, code)
             return (x * m).sum(1) / math.sqrt(m.shape[1]), features
-
 class Teacher(nn.Module):
     """A frozen timm classifier's pooled features of whole images in [-1, 1]. (B, 3, H, W) -> (B, teacher_dim)
     head: keep its last layer, `model.get_classifier()`, which makes class scores of the features."""
@@ -1180,8 +1178,8 @@ def real_statistics(cfg, data, detector, device, reals, keep, rank, world, stop=
     if not mean_over_processes(torch.tensor(float(not path.exists()), device=device)):      # all have it
         return [x.to(device) for x in load_tensors(path, "cached statistics")]
     order = np.random.default_rng(0).permutation(total)[share(n, rank, world)].tolist()
-    loader = torch.utils.data.DataLoader(MirroredData(data), batch_sampler=batches(order, cfg, rank, "measuring data"),
-                                         num_workers=cfg.workers, collate_fn=collate, worker_init_fn=start_worker)
+    bar = batches(order, cfg, rank, "measuring data")
+    loader = load_batches(data, cfg, lambda step: bar.iterable[step:] if step else bar, 0, stop)
     stats = collect((detector(real_images(b, device)) for b in loader), n, min(keep, n), rank, world, stop)
     if distributed()[2] == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1216,10 +1214,10 @@ def evaluate(G, data, labels, metrics, detector, reals, rank, world, stop=None):
     return {**out, **evaluate_truth(G, data, labels)} if isinstance(data, ShapesData) else out
 @torch.no_grad()
 def evaluate_truth(G, data, labels, n=512):
-    """Where the truth is known, of n samples. -> {name: number or list}. camera_w1: distance of posterior and prior to
-    the true cameras, per parameter. depth_error_render: mean absolute difference, in world units, of rendered depth and
-    the true depth of the image of most similar colours (_data: between images of the data); _raw, _adapted: of true
-    depth, as it is and adapted, and estimated, by pixel. depth_fd: Frechet distance of rendered and estimated depth."""
+    """Where the truth is known -> {name: number or list}. camera_w1: distance of posterior and prior to true cameras.
+    depth_error_render: mean absolute difference, in world units, of rendered depth and the true depth of the image of
+    most similar colours (_data: of two images of the data); _raw, _adapted: of true depth, as is and adapted, and
+    estimated, by pixel. depth_fd: Frechet distance of rendered and estimated depth."""
     z, c, prior = draw_latents(G.cfg, n, labels, "evaluate_truth")
     def ordered(p):  # but for mean yaw and pitch, which are no property of the data: the scene can turn instead
         return torch.cat([p[:, :2] - p[:, :2].mean(0), p[:, 2:]], 1).sort(0).values
@@ -1416,7 +1414,7 @@ FREE_ON_RESUME = set("out resume device workers kimg snapshot_kimg log_kimg metr
                      "batch_gpu compile data precision teacher_weights depth_weights guard timeout".split())
 def checkpoints(folder):
     """Checkpoints of a run, the newest first. -> [(kimg, path)]"""
-    return sorted(((float(p.stem[11:]), p) for p in Path(folder).glob("checkpoint-*.pt")), reverse=True)
+    return sorted(((float(p.stem[11:]), p) for p in Path(folder).glob("checkpoint-??????.???.pt")), reverse=True)
 def load_checkpoint(*paths):
     """The first whole one, where the CRC-32 of each part agrees, of the paths, or of the run in a folder, the newest
     first. -> path, Config, state"""
@@ -1439,11 +1437,13 @@ def load_checkpoint(*paths):
                 raise error from None
             print(f"3dgp.py: warning: {error}; the checkpoint before it is taken", file=sys.stderr)
 def thin_out(folder, images, every):
-    """Deletes old checkpoints (one every so many images): of ages from 2^k intervals to the next power, one is kept."""
+    """Deletes old checkpoints: of those from 2^k to 2^(k+1) intervals (of so many images) ago one is kept."""
+    newest, seen = images // every, set()
     for kimg, path in checkpoints(folder):
-        number, newest = round(kimg * 1000) // every, images // every
-        if number % 2 ** int(math.log2(max(newest - number, 1))):
-            path.unlink()
+        number = round(kimg * 1000) // every
+        if number % 2 ** int(math.log2(max(newest - number, 1))) or number in seen and number < newest:
+            path.unlink(missing_ok=True)
+        seen.add(number)
 def load_generator(options):
     """The averaged generator of the checkpoint options.resume. -> Generator in evaluation mode, path, kimg seen"""
     path, cfg, state = load_checkpoint(options.resume)
@@ -1457,12 +1457,13 @@ def load_generator(options):
         raise UserError(f"--resume {path}: does not fit its own configuration ({type(e).__name__})") from None
 def join_processes(cfg, device, world):
     """Meets the other processes, which must run the same program, libraries and options."""
-    if world == 1 or dist.is_initialized():
+    if world == 1:
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                            timeout=datetime.timedelta(seconds=getattr(cfg, "timeout", 600)))
-    program = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
-    own = dict(vars(cfg), PyTorch=torch.__version__, NumPy=np.__version__, program=program, resume=Path(cfg.resume).name)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=datetime.timedelta(seconds=getattr(cfg, "timeout", 600)))
+    program, checkpoint = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8], Path(cfg.resume).name
+    own = dict(vars(cfg), PyTorch=torch.__version__, NumPy=np.__version__, program=program, resume=checkpoint)
     dist.all_gather_object(parts := [None] * world, own)
     for rank, other in enumerate(parts):
         if differing := [f"{k} {v} (process 0: {parts[0].get(k)})" for k, v in other.items()
@@ -1501,9 +1502,8 @@ def validate(cfg, world):
     check(share % micro == 0, f"--batch-gpu {cfg.batch_gpu}: does not divide a process's share of {share} images")
     return share
 def images_per_pass(cfg, share, device):
-    """--batch-gpu, or where that is 0 the most images, in whole MBSTD_GROUPs, that divide a process's share and need
-    half of the memory at most, at 32 bytes for each number in planes and feature maps, and 8 numbers for each sample on
-    a ray. CPUs count as 8 GiB and get no more than 8 images."""
+    """--batch-gpu, or where that is 0 the most images, in whole MBSTD_GROUPs, that divide a process's share and whose
+    planes, feature maps and samples on rays, 32 bytes a number, fill half of the memory (CPU: of 8 GiB; 8 images)."""
     T, P, cuda = cfg.triplane_resolution, cfg.patch_resolution, device.type == "cuda"
     per_pixel = cfg.adaptor_channels + 8 * (cfg.coarse_samples + cfg.fine_samples)
     numbers = 3 * cfg.triplane_features * T * T + per_pixel * P * P + sum(channels(cfg, r) * (
@@ -1520,8 +1520,8 @@ def choose_device(cfg, local_rank):
             for option in ((-4, 0), (-1, -1)):                          # since new pages cost more than the arithmetic
                 ctypes.CDLL(None).mallopt(*option)
         return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
-        raise UserError(f"{local_rank + 1} processes on a machine with {torch.cuda.device_count()} GPUs; start fewer")
+    if (here := int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))) > torch.cuda.device_count():
+        raise UserError(f"{here} processes on a machine with {torch.cuda.device_count()} GPUs; start fewer")
     torch.cuda.set_device(local_rank)
     torch.backends.cudnn.allow_tf32 = tf32 = getattr(cfg, "precision", "tf32") != "fp32"
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
@@ -1541,38 +1541,42 @@ def diagnose(entry, before, cfg, parameters):
              f"R1 jumped to {r1:.3g}": r1 > limit("r1", 2 * GUARD["floor_r1"] / max(cfg.r1_gamma, 1e-9))}
     return next((what for what, is_so in found.items() if is_so), "")
 def go_back(cfg, what, kimg, healthy):
-    """After a divergence at kimg: -> Config, state of a checkpoint from when all was healthy (after the n-th divergence
-    of one n - 1 before it). Newer ones are deleted, since they may be ill."""
-    recent = sum(abs(kimg - x) < GUARD["tries_kimg"] for x in cfg.recoveries)
+    """After a divergence at kimg: -> Config, state of a healthy checkpoint (the n-th time: of one n - 1 before it)."""
+    recent = sum(abs(kimg - x) < max(GUARD["tries_kimg"], 4 * cfg.snapshot_kimg) for x in cfg.recoveries)
     if recent >= GUARD["tries"]:
         raise UserError(f"diverged at {kimg:g} kimg ({what}), after {recent} recoveries; start anew with lower --g-lr "
                         "and --d-lr, or a higher --r1-gamma")
     good = [x for x in checkpoints(cfg.out) if x[0] <= healthy] or checkpoints(cfg.out)[-1:]
     path, saved, state = load_checkpoint(*(p for _, p in good[min(recent, len(good) - 1):]))
-    if dist.is_initialized():
-        dist.barrier()      # all have read it
     back = state["images"] / 1000
     if distributed()[0] == 0:
-        for newer in (p for k, p in checkpoints(cfg.out) if k > back):
-            newer.unlink()
         append_line(Path(cfg.out) / "log.jsonl", dict(kimg=back, diverged=kimg, reason=what))
         tqdm.write(f"diverged at {kimg:g} kimg: {what}; back to {path.name}, learning rates halved", file=sys.stderr)
     return dataclasses.replace(saved, **{k: getattr(cfg, k) for k in FREE_ON_RESUME - {"resume"}}, resume=str(path),
                                recoveries=(*cfg.recoveries, back)), state
-def load_batches(make_loader, step, patience):
-    """Batches from a step on. Workers that die begin again, 3 times in a row; slow ones have `patience` timeouts."""
-    batches, failures = None, 0
+def load_batches(data, cfg, sampler, step=0, stop=()):
+    """Batches of the data and its mirror image from a step on. sampler(step): lists of indices from there on. Workers
+    that die begin again, 3 times in a row; slow ones have --timeout seconds, but less when `stop` is not empty."""
+    batches, batch, failures = None, None, 0
     while True:
         try:
-            batches = iter(make_loader(step)) if batches is None else batches
+            batches = iter(torch.utils.data.DataLoader(
+                MirroredData(data), batch_sampler=sampler(step), num_workers=cfg.workers, timeout=cfg.workers and 10,
+                collate_fn=collate, worker_init_fn=start_worker, pin_memory=cfg.device != "cpu" and
+                torch.cuda.is_available())) if batches is None else batches
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)    # PyTorch's own handler would raise in the middle of a step
             batch = next(batches)
+        except StopIteration:
+            return
         except (RuntimeError, OSError, EOFError) as e:
-            failures, waits, reason = failures + 1, "timed out" in str(e), str(e).partition("\n")[0]
-            if failures > (patience if waits else 3):
+            waits, reason = "timed out" in str(e), str(e).partition("\n")[0]
+            failures += 10 / cfg.timeout if waits else 1 / 3
+            if failures > 1:
                 raise UserError(f"--data: data workers fail again and again: {reason}") from None
             if not waits:
                 batches = tqdm.write(f"data workers begin again: {reason}", file=sys.stderr)
+            elif stop and batch:
+                yield batch     # the last one once more
         else:
             yield batch
             step, failures = step + 1, 0
@@ -1585,14 +1589,14 @@ def train(cfg, state=None):
         while trouble := train_while_healthy(cfg, state, stop):
             cfg, state = go_back(cfg, *trouble)
     finally:
+        for worker in torch.multiprocessing.active_children():      # one that hangs would not let the program end
+            worker.kill()
         for s, handler in before.items():
             signal.signal(s, handler)
-
 def train_while_healthy(cfg, resumed, stop):
     """-> None at the end, or when `stop` is not empty; on divergence what tells of it, its kimg, the last healthy"""
     rank, world, local_rank = distributed()
-    share = validate(cfg, world)
-    device = choose_device(cfg, local_rank)
+    share, device = validate(cfg, world), choose_device(cfg, local_rank)
     cfg = dataclasses.replace(cfg, batch_gpu=images_per_pass(cfg, share, device))
     data, detector = open_data(cfg), open_detector(cfg, device) if cfg.metrics else None
     teacher = Teacher(cfg.teacher, cfg.teacher_weights).to(device) if cfg.teacher != "none" else None
@@ -1605,8 +1609,7 @@ def train_while_healthy(cfg, resumed, stop):
     say = print if rank == 0 else (lambda *a, **k: None)
     if cfg.fused:
         custom_ops(device.type)   # compiles now, not behind the progress bar
-    modules = build(cfg, device)
-    G, D, ema, *_ = modules.values()
+    G, D, ema, *_ = (modules := build(cfg, device)).values()
     parameters = [sum(p.numel() for p in network.parameters()) for network in (G, D)]
     step, images, seconds = (resumed[k] for k in ("step", "images", "seconds")) if resumed else (0, 0, 0.0)
     if resumed:
@@ -1616,8 +1619,7 @@ def train_while_healthy(cfg, resumed, stop):
         except Exception as e:  # whatever a foreign or damaged state leads to
             raise UserError(f"--resume {cfg.resume}: does not fit its own configuration ({type(e).__name__})") from None
     labels = torch.from_numpy(data.labels).to(device)
-    total_steps = math.ceil(cfg.kimg * 1000 / cfg.batch_size)
-    out = Path(cfg.out)
+    total_steps, out = math.ceil(cfg.kimg * 1000 / cfg.batch_size), Path(cfg.out)
     if step >= total_steps:     # restarted after its end
         return say(f"{out}: finished already")
     if rank == 0:
@@ -1631,13 +1633,12 @@ def train_while_healthy(cfg, resumed, stop):
                 tmp.write_text("".join(f"{x}\n" for x in lines if parse_line(x).get("kimg", math.inf) <= seen))
         for path in out.glob(".*.tmp"):     # of a process that was killed
             path.unlink()
+        for path in (p for k, p in checkpoints(out) if k > images / 1000):      # of a way that the run has left
+            path.rename(path.with_name(f"left-{path.name}"))
     say(f"{cfg.data}: {len(data):,} images, {cfg.num_classes or 'no'} classes; {cfg.resolution}², patches "
         f"{cfg.patch_resolution}², {'RGB and depth' if cfg.depth != 'none' else 'RGB alone'}; teacher {cfg.teacher}\n"
         f"G {parameters[0] / 1e6:.1f} M, D {parameters[1] / 1e6:.1f} M; batch {world} x {share // cfg.batch_gpu} x "
         f"{cfg.batch_gpu} on {device}; {out}")
-    make_loader = lambda step: torch.utils.data.DataLoader(
-        MirroredData(data), batch_sampler=Batches(cfg, len(data), step, rank, world), num_workers=cfg.workers,
-        timeout=cfg.workers and 10, collate_fn=collate, worker_init_fn=start_worker, pin_memory=device.type == "cuda")
     stats, unreadable, said, done, start = Averages(), set(), set(), False, time.time() - seconds
     history, healthy, measured = [], images / 1000, images / 1000    # kimg of the last healthy log line, measurement
     for s in STOP_SIGNALS:
@@ -1661,22 +1662,21 @@ def train_while_healthy(cfg, resumed, stop):
             save(out / "best.pt")
         ill = name[:1] == "f" and not value <= GUARD["distance"] * best and cfg.guard == "on"     # in process 0 alone
         ill = mean_over_processes(torch.tensor(float(ill), device=device)) > 0
-        return f"{name} rose to {value:.3g} from {best:.3g}" if ill else ""
+        return (f"{name} rose to {value:.3g} from {best:.3g}" if rank == 0 else "a distance rose") if ill else ""
     def due(kimg):    # at the end, and when a step has crossed a multiple of it
         every = max(1, round(kimg * 1000))
         return done or images // every > (images - cfg.batch_size) // every
-    if rank == 0 and not named("checkpoint", "pt").exists():    # a new run, or one that goes on in another folder
+    if rank == 0:    # even of a run that goes on: its configuration may be another one
         snapshot()
     if not resumed:
         metrics()
     tick_time, tick_images, kimg = time.time(), images, images / 1000
     with tqdm(total=total_steps * cfg.batch_size, initial=images, unit="img", disable=rank > 0,
               mininterval=0.5 if sys.stderr.isatty() else 30) as bar:
-        for batch in load_batches(make_loader, step, cfg.timeout / 10):
+        for batch in load_batches(data, cfg, lambda step: Batches(cfg, len(data), step, rank, world), step, stop):
             unreadable.update(batch["bad"])
             stopped = training_step(cfg, modules, teacher, batch, labels, step, stats, bool(stop))
-            step, images = step + 1, images + cfg.batch_size
-            kimg = images / 1000
+            step, images, kimg = step + 1, images + cfg.batch_size, (images + cfg.batch_size) / 1000
             bar.update(cfg.batch_size)
             done = stopped or step == total_steps
             if due(cfg.log_kimg) or due(1):
@@ -1723,7 +1723,8 @@ def measure(path, kimg, G, data, labels, options, detector, rank, world, stop=No
     tqdm.write("\n".join(f"{kimg:g} kimg: {k} {v:.4g}" for k, v in result.items() if isinstance(v, float)))
     first = next(iter(result))
     best = min if first[:2] in ("fi", "fd", "ki", "kd") else max
-    values = [x[first] for x in map(parse_line, path.read_text().splitlines()) if math.isfinite(x.get(first, math.nan))]
+    values = [x[first] for x in map(parse_line, path.read_text().splitlines()) if math.isfinite(x.get(first, math.nan))
+              and (x.get("data"), x.get("reals")) == (G.cfg.data, options.reals)]
     return first, result[first], best(values, default=result[first])
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)     # Ctrl-C, schedulers and spot machines, SLURM
 def start_worker(_):
@@ -2148,10 +2149,10 @@ def resolve(given):
     while holds_run(free := Path("runs") / (f"{name}-{len(found) + 1}" if found else name)):
         found.append(free)
     resume, latest = given.get("resume", ""), given.get("out") or [free, *found][-1]
-    if any(int(os.environ.get(f"{kind}_RESTART_COUNT") or 0) for kind in ("TORCHELASTIC", "SLURM")):
+    if restarted := any(int(os.environ.get(f"{kind}_RESTART_COUNT") or 0) for kind in ("TORCHELASTIC", "SLURM")):
         if resume not in ("", "latest", "auto") and not given.get("out"):    # where the first start has written
             latest = resume if Path(resume).is_dir() else Path(resume).parent
-        resume = "auto"
+        resume = "auto" if not resume or checkpoints(latest) else resume
     if not resume or resume == "auto" and not checkpoints(latest):
         cfg = make_config({**given, "out": str(latest)} if resume else given)
         if cfg.out and holds_run(cfg.out) and not resume:
@@ -2160,7 +2161,7 @@ def resolve(given):
     path, saved, state = load_checkpoint(latest if resume in ("latest", "auto") else resume)
     given["resume"] = resume
     differing = [f"{k} (there {getattr(saved, k)!r}, here {v!r})" for k, v in given.items()
-                 if k not in FREE_ON_RESUME and v != getattr(saved, k)]
+                 if k not in FREE_ON_RESUME - ({"data"} if restarted else set()) and v != getattr(saved, k)]
     if differing:
         raise UserError(f"--resume {path}: a checkpoint of another configuration: {', '.join(differing)}")
     out = Path(given.get("out") or path.parent)
@@ -2170,7 +2171,6 @@ def resolve(given):
     if resume != "auto" and state["images"] >= cfg.kimg * 1000:
         raise UserError(f"--kimg {cfg.kimg:g}: the checkpoint has seen {state['images'] / 1000:g}; ask for more")
     return cfg, state
-
 def main(argv=None):
     try:
         mode, given = parse_arguments(argv)

@@ -77,7 +77,7 @@ class Config:
     camera_reg_kimg: float = opt(10_000, "the camera regulariser's weight grows from 0 to full over this")
     camera_center: float = opt(10.0, "weight of the distance between the mean posterior direction and the prior's")
     camera_lr_mult: float = opt(0.1, "learning-rate multiplier of the camera generator")
-    depth_adaptor: str = opt("random", "which of its candidates D sees", "random", "never", "half", "always")
+    depth_adaptor: str = opt("random", "D sees: scheduled, raw, raw or last, last", "random", "never", "half", "always")
     adaptor_kimg: float = opt(10_000, "share of un-adapted depth falls from 1/4 to 0.1 over this (random)")
     teacher: str = opt("none", "frozen classifier to distil: a timm name, or none (shapes: none; published: resnet50)")
     teacher_weights: str = opt("", "local file with the teacher's weights (empty: timm downloads them)")

@@ -1358,8 +1358,8 @@ def build(cfg, device):
     ema.eval().requires_grad_(False).load_state_dict(G.state_dict())
     if cfg.compile:
         torch._functorch.config.donated_buffer = False      # D's graph is used twice
-        G.backbone.compile()
-        D.compile()
+        for network in (G.backbone, D):    # with it, what PyTorch 2.11 makes for CPUs writes where it must not
+            network.compile(options=dict(layout_optimization=device.type != "cpu"))
     ratio = cfg.r1_interval / (cfg.r1_interval + 1)    # corrects Adam for R1 at every r1_interval-th step alone
     opt_g = torch.optim.Adam(G.parameters(), cfg.g_lr, (0.0, 0.99), fused=True)
     opt_d = torch.optim.Adam(D.parameters(), cfg.d_lr * ratio, (0.0, 0.99 ** ratio), fused=True)

@@ -211,7 +211,6 @@ def read_depth(png):
     """Depth from the bytes of a PNG, 8 or 16 bits. -> float32 (H, W)"""
     with PIL.Image.open(io.BytesIO(png)) as f:
         return np.atleast_3d(np.asarray(f.convert("L") if f.mode == "P" else f).astype(np.float32))[..., 0]
-
 class ImageData:
     """Images of a folder or zip: flat, or one folder per class, or with dataset.json; depth in `<name>_depth.png`.
     An item is a dict: image uint8 (3, R, R); depth float32 (1, R, R) in [-1, 1], larger is farther, if cfg.depth wants
@@ -848,7 +847,6 @@ def sample_adaptor_choice(cfg, n, kimg):
     probabilities = {"random": p + torch.arange(4) * (1 - 4 * p) / 6, "never": torch.tensor([1.0, 0, 0, 0]),
                      "half": torch.tensor([0.5, 0, 0, 0.5]), "always": torch.tensor([0, 0, 0, 1.0])}
     return torch.multinomial(probabilities[cfg.depth_adaptor], n, replacement=True)
-
 class Generator(nn.Module):
     """z and class -> w -> tri-planes -> image and depth from a camera. Ray samples are random in training mode only."""
     def __init__(self, cfg):
@@ -1305,7 +1303,6 @@ class Averages:
         self.values, flat = {}, mean_over_processes(torch.cat([x.flatten() for x in means.values()]))
         parts = flat.split([x.numel() for x in means.values()])
         return {k: part.view_as(x).tolist() for (k, x), part in zip(means.items(), parts)}
-
 def generator_pass(G, D, labels, patch, step, number, weight, stats):
     """Gradients of G, and of D on what G makes: one pass of each network serves both losses. weight: this pass's share
     of the process's images; its number tells its draws from those of others. -> sum of w (w_dim,)"""
@@ -1691,8 +1688,7 @@ def train_while_healthy(cfg, resumed, stop):
                 history, healthy = [*history[-GUARD["window"]:], entry], kimg
                 if rank == 0:
                     append_line(out / "log.jsonl", entry)
-                shown = ("loss_g", "score_real", "score_fake", "kd_distance")
-                bar.set_postfix({k: f"{entry[k]:.3g}" for k in shown if k in entry})
+                bar.set_postfix({k: f"{entry[k]:.3g}" for k in ("loss_g", "score_real", "score_fake")})
             if rank == 0 and due(cfg.snapshot_kimg):
                 snapshot()
             if not stopped and due(cfg.metrics_kimg):
@@ -2197,4 +2193,8 @@ def main(argv=None):
     return 0
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if dist.is_initialized():    # after an error: threads that wait for other processes would abort a normal exit
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)

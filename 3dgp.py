@@ -9,7 +9,7 @@ One sample's way from z to loss: `synthesize` (generator) -> `Discriminator` -> 
 Shapes in comments: B batch, P patch resolution, T tri-plane resolution, C tri-plane features, N points, R rays,
 S samples on a ray. Images are float in [-1, 1], depth in world units, angles in radians except fov (degrees)."""
 import argparse, base64, contextlib, ctypes, dataclasses, datetime, functools, hashlib, html, io, json, logging, math
-import os, platform, re, shutil, signal, subprocess, sys, tempfile, time, typing, warnings, zipfile
+import os, platform, re, shutil, signal, subprocess, sys, tempfile, time, typing, warnings, zipfile, zlib
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +35,6 @@ DETECTOR_HELP = "what compares images: inception (downloaded), its file, timm:NA
 @dataclasses.dataclass
 class Config:
     """Every hyperparameter, as published at 256²; PRESETS, DATA_PRESETS override. kimg: thousands of images shown."""
-    # what to train on, and where to write
     data: str = opt("shapes", "shapes, imagenet, dogs, elephants, horses, or a folder or zip of images")
     out: str = opt("", "run folder (empty: runs/<data>, numbered when that is taken)")
     preset: str = opt("", "model size (empty: the one that suits --data)", "tiny", "small", "base", "imagenet")
@@ -77,7 +76,7 @@ class Config:
     camera_reg_kimg: float = opt(10_000, "the camera regulariser's weight grows from 0 to full over this")
     camera_center: float = opt(10.0, "weight of the distance between the mean posterior direction and the prior's")
     camera_lr_mult: float = opt(0.1, "learning-rate multiplier of the camera generator")
-    depth_adaptor: str = opt("random", "D sees: scheduled, raw, raw or last, last", "random", "never", "half", "always")
+    depth_adaptor: str = opt("random", "how often D sees adapted depth", "random", "never", "half", "always")
     adaptor_kimg: float = opt(10_000, "share of un-adapted depth falls from 1/4 to 0.1 over this (random)")
     teacher: str = opt("none", "frozen classifier to distil: a timm name, or none (shapes: none; published: resnet50)")
     teacher_weights: str = opt("", "local file with the teacher's weights (empty: timm downloads them)")
@@ -178,10 +177,9 @@ DATA_PRESETS = {   # the published data sets; the small ones have a faster camer
 # Divergence, by the means over a log interval, and what then happens
 GUARD = dict(nonfinite=0.01,            # more than this share of the gradients is not finite (or a loss is not)
              score=50,                  # D is saturated: scores of reals or fakes are as far as this from 0
-             loss_g=5, r1=10,           # so many times the median of the last `window` log intervals, `least` at least,
+             loss_g=5, r1=10, window=32, least=8,   # so many times the median of 32 log intervals, 8 at least,
              floor_g=10, floor_r1=1,    # and above its floor: a loss, and R1's term in D's loss
              fake_std=0.1,              # less than this share of that median: all pixels are alike
-             window=32, least=8,
              distance=2,                # the first metric, if a Frechet distance, is so many times the best of the run
              slow_kimg=200,             # after going back the learning rates are halved for so long
              tries=3, tries_kimg=1000)  # the run ends after so many recoveries within so many kimg
@@ -208,9 +206,13 @@ def to_rgb(image):
 def crop_resize(image, resolution, filter):  # the largest centred square, resized
     return PIL.ImageOps.fit(image, (resolution, resolution), filter)
 def read_depth(png):
-    """Depth from the bytes of a PNG, 8 or 16 bits. -> float32 (H, W)"""
+    """Depth from the bytes of a PNG of any bit depth. -> float32 (H, W)"""
+    if wide := png[:8] == b"\x89PNG\r\n\x1a\n" and png[24:26] == b"\x10\x04":   # 16-bit gray and alpha, as published,
+        header = png[12:24] + b"\x08\x06" + png[26:29]          # cut to 8 by PIL; whole if declared 8-bit RGBA
+        png = png[:12] + header + zlib.crc32(header).to_bytes(4, "big") + png[33:]
     with PIL.Image.open(io.BytesIO(png)) as f:
-        return np.atleast_3d(np.asarray(f.convert("L") if f.mode == "P" else f).astype(np.float32))[..., 0]
+        d = np.atleast_3d(np.asarray(f.convert("L") if f.mode == "P" else f).astype(np.float32))
+    return d[..., 0] * 256 + d[..., 1] if wide else d[..., 0]
 class ImageData:
     """Images of a folder or zip: flat, or one folder per class, or with dataset.json; depth in `<name>_depth.png`.
     An item is a dict: image uint8 (3, R, R); depth float32 (1, R, R) in [-1, 1], larger is farther, if cfg.depth wants
@@ -244,8 +246,8 @@ class ImageData:
             raise UserError(f"--data {source}: no images in it (looked for {' '.join(sorted(IMAGE_SUFFIXES))})")
         if self.use_depth and (missing := [f for f in self.names if self.depth_name(f) not in depths]):
             kind = UserError if len(missing) < len(self.names) else MissingDepth
-            raise kind(f"--data {source}: {len(missing)} of {len(self.names)} images have no depth, as {missing[0]}; "
-                       "prepare the photographs with lereS_depth.py, or train on RGB alone with --depth none")
+            raise kind(f"--data {source}: {len(missing)} of {len(self.names)} images have no depth, the first is "
+                       f"{missing[0]}; prepare them with lereS_depth.py, or train on RGB alone with --depth none")
         self.labels = self.read_labels(files)
         self.num_classes = int(self.labels.max(initial=-1)) + 1
     depth_name = staticmethod(lambda name: str(Path(name).with_suffix("")) + "_depth.png")
@@ -542,7 +544,8 @@ def call_custom_ops(planes, points, box, decoder, *rest):
     if not (planes.dtype in dtypes and three == 3 and T == width and points.shape == (B, N, 3)
             and (len(decoder) == 0 or C <= 32 and len(decoder) == (padded + 5) * 64 + 4) and all(
             t.dtype == real and t.device == planes.device for t in (points, decoder, *rest))):
-        raise ValueError("triplane: a shape, type or device is not as its docstring says")
+        raise ValueError("triplane: needs planes (B, 3, C, T, T), points (B, N, 3), a decoder, empty or packed (C at "
+                         "most 32), on one device; planes float32 or bfloat16, the others float32; or all float64")
     planes = planes if planes.stride(2) == 1 else channels_last(planes)
     tensors = [planes, *(t.contiguous() for t in (points, decoder, *rest))]
     size, pointers = [B, N, C, T, *(planes.stride(i) for i in (0, 1, 3, 4))], [t.data_ptr() for t in tensors]
@@ -700,7 +703,7 @@ def stratified_depths(near, far, shape, samples, random, device):
     return edges[:-1] + edges.diff() * u
 @torch.no_grad()
 def importance_depths(depths, weights, u):
-    """Inverts the coarse weights' distribution. depths (..., S) sorted, weights (..., S), u (..., K) -> (..., K)"""
+    """Inverts the coarse weights' distribution. depths, weights (..., S), sorted; u (..., K) in [0, 1] -> (..., K)"""
     bins = (depths[..., 1:] + depths[..., :-1]) / 2                                   # (..., S-1)
     pdf = weights[..., 1:-1] + 1e-5 + 1e-5                                            # (..., S-2)
     cdf = F.pad((pdf / pdf.sum(-1, keepdim=True)).cumsum(-1), (1, 0))                 # (..., S-1)
@@ -730,7 +733,7 @@ class TriplaneDecoder(nn.Module):
         (w1, b1), (w2, b2) = self.model[0].effective(), self.model[1].effective()
         width = 16 if w1.shape[1] <= 16 and not w1.is_cuda else 32
         return torch.cat([F.pad(w1, (0, width - w1.shape[1])).flatten(), b1, w2.flatten(), b2])
-def query_triplane(planes, points, box, decoder, fused):
+def query_triplane(planes, points, box, decoder, fused):    # planes (B, 3, C, T, T), points (B, N, 3) in world units
     """`decoder(sample_triplane(planes, points, box))`, fused or not -> rgb (B, N, 3), sigma_raw (B, N)"""
     query = planes, points, box
     if fused and planes.shape[2] <= 32:
@@ -1603,9 +1606,7 @@ def train_while_healthy(cfg, resumed, stop):
             raise UserError(f"--{name.replace('_', '-')} {wanted}: so given or saved; data and teacher make it {found}")
         cfg = dataclasses.replace(cfg, **{name: found})
     join_processes(cfg, device, world)
-    say = print if rank == 0 else (lambda *a, **k: None)
-    if cfg.fused:
-        custom_ops(device.type)   # compiles now, not behind the progress bar
+    say = functools.partial(print, flush=True) if rank == 0 else (lambda *a, **k: None)
     G, D, ema, *_ = (modules := build(cfg, device)).values()
     parameters = [sum(p.numel() for p in network.parameters()) for network in (G, D)]
     step, images, seconds = (resumed[k] for k in ("step", "images", "seconds")) if resumed else (0, 0, 0.0)
@@ -2195,6 +2196,5 @@ def main(argv=None):
 if __name__ == "__main__":
     status = main()
     if dist.is_initialized():    # after an error: threads that wait for other processes would abort a normal exit
-        sys.stdout.flush()
         os._exit(status)
     sys.exit(status)

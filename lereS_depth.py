@@ -1,24 +1,20 @@
-"""From photographs to training data: crop, resize, and estimate depth with LeReS (Yin et al., "Learning to Recover 3D
-Scene Shape from a Single Image", CVPR 2021). One command, on any number of GPUs.
-
-Run it:
+"""From photographs to training data: crop, resize, and estimate depth with LeReS (Yin et al., "Learning to
+Recover 3D Scene Shape from a Single Image", CVPR 2021). One command, on any number of GPUs:
     python lereS_depth.py photos/ data/photos --resolution 256
     python lereS_depth.py photos.zip data/photos.zip --resolution 256 --weights res101.pth
-    python lereS_depth.py photos/ data/photos --depth-from maps/ --invert          # ready maps of any other estimator
+    python lereS_depth.py photos/ data/photos --depth-from maps/ --invert      # ready maps, any estimator
     torchrun --nproc_per_node=8 lereS_depth.py imagenet/train data/imagenet --resolution 256 --keep 0.33
 
-SOURCE: flat, or one folder per class, or with dataset.json. TARGET gets `<name>.png`, `<name>_depth.png` (16 bit, larger
-is farther) and dataset.json; skipped.txt says what could not be used, depth.png shows photographs over their depth. A
-run that was stopped goes on: call it again. `3dgp.py --data photos/` does all this by itself.
+SOURCE: flat, or one folder per class, or with dataset.json. TARGET gets `<name>.png`, `<name>_depth.png` (16
+bit, larger is farther) and dataset.json; skipped.txt says what could not be used, depth.png shows photographs
+over their depth. A run that was stopped goes on: call it again. `3dgp.py --data photos/` does all this, too.
 """
-import argparse
-import collections
+
 import concurrent.futures
 import dataclasses
 import hashlib
-import importlib.util
+import importlib
 import io
-import itertools
 import json
 import math
 import multiprocessing
@@ -26,10 +22,10 @@ import os
 import platform
 import re
 import shutil
+import signal
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
 import zipfile
 from pathlib import Path
@@ -42,32 +38,34 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-if "tdgp" not in sys.modules:   # 3dgp.py, whose name is no identifier: reads photographs, has small helpers
-    spec = importlib.util.spec_from_file_location("tdgp", Path(__file__).with_name("3dgp.py"))
-    sys.modules["tdgp"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["tdgp"])
-tdgp = sys.modules["tdgp"]
+tdgp = importlib.import_module("3dgp")  # reads photographs, has small helpers; its name is no identifier
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The network. Names of parameters are those of the released checkpoints.
+# ---- Network. Its parameters have the names that they have in the released checkpoints ---------------------
+
+double = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)  # (B, C, H, W) -> (B, C, 2H, 2W)
+
+
+def conv(in_channels, out_channels):
+    return nn.Conv2d(in_channels, out_channels, 3, padding=1)
+
 
 class FTB(nn.Module):
     """A convolution, and a residual branch behind it. (B, in, H, W) -> (B, mid, H, W)"""
+
     def __init__(self, in_channels, mid):
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, mid, 3, padding=1)
-        self.conv_branch = nn.Sequential(nn.ReLU(), nn.Conv2d(mid, mid, 3, padding=1), nn.BatchNorm2d(mid), nn.ReLU(),
-                                         nn.Conv2d(mid, mid, 3, padding=1))
+        self.conv1 = conv(in_channels, mid)
+        layers = [nn.ReLU(), conv(mid, mid), nn.BatchNorm2d(mid), nn.ReLU(), conv(mid, mid)]
+        self.conv_branch = nn.Sequential(*layers)
 
     def forward(self, x):
-        x = F.relu(self.conv1(x))   # the reference vectors tell: the branch's first ReLU acts on the sum as well
+        x = F.relu(self.conv1(x))  # the reference vectors tell: the branch's first ReLU acts on the sum, too
         return F.relu(x + self.conv_branch(x))
 
-def double(x):
-    return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
 
 class FFM(nn.Module):
     """Fuses a skip connection into the coarser features. (B, in, H, W), (B, 256, H, W) -> (B, 256, 2H, 2W)"""
+
     def __init__(self, in_channels):
         super().__init__()
         self.ftb1, self.ftb2 = FTB(in_channels, 256), FTB(256, 256)
@@ -75,137 +73,154 @@ class FFM(nn.Module):
     def forward(self, skip, high):
         return double(self.ftb2(self.ftb1(skip) + high))
 
+
 class Decoder(nn.Module):
     """Features after layer1 ... layer4 of the encoder -> depth (B, 1, H, W)"""
+
     def __init__(self):
         super().__init__()
-        self.conv, self.conv1 = FTB(2048, 512), nn.Conv2d(512, 256, 3, padding=1)
+        self.conv = FTB(2048, 512)
+        self.conv1 = conv(512, 256)
         self.ffm2, self.ffm1, self.ffm0 = FFM(1024), FFM(512), FFM(256)
         self.outconv = nn.Module()
-        self.outconv.adapt_conv = nn.Sequential(nn.Conv2d(256, 128, 3, padding=1), nn.BatchNorm2d(128), nn.ReLU(),
-                                                nn.Conv2d(128, 1, 3, padding=1))
+        self.outconv.adapt_conv = nn.Sequential(conv(256, 128), nn.BatchNorm2d(128), nn.ReLU(), conv(128, 1))
 
     def forward(self, x1, x2, x3, x4):
-        x = double(self.conv1(self.conv(x4)))
-        x = self.ffm0(x1, self.ffm1(x2, self.ffm2(x3, x)))
-        return double(self.outconv.adapt_conv(x))
+        x = double(self.conv1(self.conv(x4)))  # (B, 256, H / 16, W / 16)
+        x = self.ffm1(x2, self.ffm2(x3, x))  # (B, 256, H / 4, W / 4)
+        x = self.ffm0(x1, x)  # (B, 256, H / 2, W / 2)
+        return double(self.outconv.adapt_conv(x))  # (B, 1, H, W)
+
 
 class LeReS(nn.Module):
-    """Depth up to scale and offset. (B, 3, H, W), by ImageNet's mean and std, sides multiples of 32 -> (B, 1, H, W)"""
-    MEAN, STD, SIZE = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 448
+    """(B, 3, H, W), by MEAN and STD, sides multiples of 32 -> depth up to scale and offset (B, 1, H, W)"""
+
+    MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
+    SIZE = 448  # side of the images it was trained on
+    ENCODERS = {"resnet50": "resnet50", "resnext101": "resnext101_32x8d"}  # timm's names
 
     def __init__(self, backbone):
         super().__init__()
-        self.encoder_modules, self.decoder_modules = nn.Module(), Decoder()
-        self.encoder_modules.encoder = timm.create_model({"resnet50": "resnet50", "resnext101": "resnext101_32x8d"}[
-            backbone], features_only=True, out_indices=(1, 2, 3, 4))
+        name = self.ENCODERS[backbone]
+        self.encoder_modules = nn.Module()
+        self.encoder_modules.encoder = timm.create_model(name, features_only=True, out_indices=(1, 2, 3, 4))
+        self.decoder_modules = Decoder()
 
     def forward(self, x):
         return self.decoder_modules(*self.encoder_modules.encoder(x))
 
+
 @torch.no_grad()
 def estimate_depth(model, images, size=None):
-    """Affine-invariant depth, larger is farther, from 0.01 on. images (B, 3, H, W) in [0, 1], any size -> float32
-    (B, 1, H, W), or (B, 1, size, size)"""
-    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (model.MEAN, model.STD))
-    x = images if images.shape[2:] == (model.SIZE,) * 2 else F.interpolate(
-        images, (model.SIZE,) * 2, mode="bilinear", align_corners=False, antialias=True)
-    depth = model((x - mean) / std).float()
-    depth = depth - depth.amin((1, 2, 3), keepdim=True) + 0.01
-    return F.interpolate(depth, (size, size) if size else images.shape[2:], mode="bilinear", align_corners=False)
+    """Affine-invariant depth, larger is farther, from 0.01 on.
+    images (B, 3, H, W) in [0, 1], of any size -> float32 (B, 1, H, W), or (B, 1, size, size)"""
+    side = (model.SIZE, model.SIZE)
+    x = images
+    if images.shape[2:] != side:
+        x = F.interpolate(images, side, mode="bilinear", align_corners=False, antialias=True)
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Weights
+    mean = images.new_tensor(model.MEAN).view(3, 1, 1)
+    std = images.new_tensor(model.STD).view(3, 1, 1)
+    depth = model((x - mean) / std).float()  # (B, 1, SIZE, SIZE)
+    depth = depth - depth.amin((1, 2, 3), keepdim=True) + 0.01
+    side = (size, size) if size else images.shape[2:]
+    return F.interpolate(depth, side, mode="bilinear", align_corners=False)
+
+
+# ---- Weights: a file that was given, or the released one, downloaded once into PyTorch's cache -------------
 
 URL = "https://huggingface.co/lllyasviel/Annotators/resolve/5bc80eec2b4fddbb/res101.pth"
 SHA256 = "1d696b2ef3e8336b057d0c15bc82d2fecef821bfebe5ef9d7671a5ec5dde520b"
 
+
 def load_leres(path):
-    """The network from a checkpoint in the released format: a dict with `depth_model`, names with a prefix `module.`"""
+    """The network from a file in the released format: a dict with `depth_model`, names with `module.`"""
     state = tdgp.load_tensors(path, "--weights")
-    state = state.get("depth_model", state) if isinstance(state, dict) else {}
-    state = {k.removeprefix("module."): v for k, v in state.items()} if isinstance(state, dict) else {}
-    deep = any(k.startswith("encoder_modules.encoder.layer3.6.") for k in state)
+    if isinstance(state, dict):
+        state = state.get("depth_model", state)
+    entries = state.items() if isinstance(state, dict) else ()  # then every parameter is missing
+    state = {name.removeprefix("module."): value for name, value in entries}
+
+    # Only the deeper encoder has a seventh block in its third layer.
+    deep = any(name.startswith("encoder_modules.encoder.layer3.6.") for name in state)
     model = LeReS("resnext101" if deep else "resnet50")
-    own = {k: v.shape for k, v in model.state_dict().items()}
-    missing = [k for k in own if getattr(state.get(k), "shape", None) != own[k]]
-    unexpected = [k for k in state if k not in own]
-    if missing or unexpected:
-        said = [f"{len(names)} {what}, the first is {names[0]}" for what, names in (
-            ("missing or of another shape", missing), ("unexpected", unexpected)) if names]
-        raise tdgp.UserError(f"--weights {path}: not the parameters of LeReS: {'; '.join(said)}")
+
+    own = model.state_dict()
+    missing = [name for name in own if getattr(state.get(name), "shape", None) != own[name].shape]
+    unexpected = [name for name in state if name not in own]
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} missing or of another shape, the first is {missing[0]}")
+    if unexpected:
+        problems.append(f"{len(unexpected)} unexpected, the first is {unexpected[0]}")
+    if problems:
+        raise tdgp.UserError(f"--weights {path}: not the parameters of LeReS: {'; '.join(problems)}")
     model.load_state_dict(state)
     return model.eval().requires_grad_(False)
+
 
 def file_sha256(path):
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
+
 def download(url, path, sha256):
     """Fetch a file: goes on where an earlier attempt broke off, checks, and only then gives it its name."""
-    part = path.with_name(f"{path.name}.{platform.node()}.part")
+    part = path.with_name(f"{path.name}.{platform.node()}.part")  # machines may share the folder
+    done = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        done = part.stat().st_size if part.exists() else 0
-        request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
         with urllib.request.urlopen(request, timeout=30) as reply:
-            done = done if reply.status == 206 else 0
+            if reply.status != 206:  # the whole file comes again
+                part.unlink(missing_ok=True)
+                done = 0
             total = done + int(reply.headers.get("Content-Length", 0)) or None
-            with tqdm(total=total, initial=done, unit="B", unit_scale=True, desc=path.name) as bar, \
-                    open(part, "ab" if done else "wb") as f:
-                for block in iter(lambda: reply.read(1 << 16), b""):
-                    f.write(block)
-                    bar.update(len(block))
-            if total and bar.n < total:
-                raise OSError("the connection broke off; what came is kept")
-    except OSError as e:   # urllib's errors are among them
-        if not (isinstance(e, urllib.error.HTTPError) and e.code == 416):   # 416: it was complete
-            raise tdgp.UserError(f"cannot download {url} ({e}); fetch it in another way and name it with --weights FILE"
-                                 ) from None
+            with open(part, "ab") as f, tqdm.wrapattr(f, "write", total, initial=done, desc=path.name) as out:
+                shutil.copyfileobj(reply, out)
+        if total and part.stat().st_size < total:
+            raise OSError("the connection broke off; what came is kept")
+    except OSError as e:  # urllib's errors are among them
+        if getattr(e, "code", None) != 416:  # 416: nothing is left to fetch
+            hint = "fetch it in another way and name it with --weights FILE"
+            raise tdgp.UserError(f"cannot download {url} ({e}); {hint}") from None
+
     if file_sha256(part) != sha256:
         part.unlink()
-        raise tdgp.UserError(f"{url}: what came is not the expected file (SHA-256); try again, or use --weights FILE")
+        hint = "try again, or use --weights FILE"
+        raise tdgp.UserError(f"{url}: what came is not the expected file (SHA-256); {hint}")
     os.replace(part, path)
 
-def wait_for(condition):
-    """For another process. Without a limit: if that one dies, so does the whole job."""
-    while not condition():
-        time.sleep(0.2)
 
 def find_weights(given):
-    """As given, or from PyTorch's cache, downloaded when they are not there. -> Path"""
-    path = Path(given) if given else Path(torch.hub.get_dir()) / "checkpoints" / "leres_res101.pth"
-    if not given and not path.exists():
-        if tdgp.distributed()[2] == 0:
-            print(f"LeReS weights, 531 MB, licensed for non-commercial use only: {URL}", file=sys.stderr)
-            download(URL, path, SHA256)
-        wait_for(path.exists)
+    """The file that was given, or the one in PyTorch's cache, downloaded when it is not there. -> Path"""
+    if given:
+        return Path(given)
+    path = Path(torch.hub.get_dir()) / "checkpoints" / "leres_res101.pth"
+    if tdgp.LOCAL_RANK == 0 and not path.exists():  # one process on each machine
+        print(f"LeReS weights, 531 MB, licensed for non-commercial use only: {URL}", file=sys.stderr)
+        download(URL, path, SHA256)
+    wait_for([path])
     return path
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Preparation
 
-@dataclasses.dataclass
-class Prepare:
-    """Options, after SOURCE and TARGET."""
-    source: str
-    target: str
-    resolution: int = tdgp.opt(256, "side of the images")
-    weights: str = tdgp.opt("", "LeReS checkpoint (empty: downloaded once)")
-    depth_from: str = tdgp.opt("", "folder of ready maps in LeReS's place: 8 or 16 bit PNG, or .npy; upright, by name")
-    invert: bool = tdgp.opt(False, "the ready maps are disparity: take 1 / map")
-    keep: float = tdgp.opt(1.0, "share of each class to keep: the most typical images")
-    keep_model: str = tdgp.opt("resnet50", "timm model whose features tell what is typical")
-    keep_weights: str = tdgp.opt("", "local file with its weights (empty: timm downloads them)")
-    batch: int = tdgp.opt(16, "images the network sees at once")
-    workers: int = tdgp.opt(os.cpu_count() or 1, "processes that decode and encode")
-    device: str = tdgp.opt("auto", "auto takes the GPU if there is one", "auto", "cuda", "cpu")
-    precision: str = tdgp.opt("tf32", "arithmetic of the network; on CPUs tf32 is fp32", "fp32", "tf32", "bf16")
+# ---- Photographs: what becomes of each of them, but for the network's part ---------------------------------
+
 
 class Work:
-    """The photographs, and what becomes of each. Worker processes have a copy."""
+    """The photographs, and where each of them goes. Worker processes have a copy."""
 
     def __init__(self, cfg, folder):
+        self.cfg = cfg
+        self.folder = folder
+        try:
+            members = zipfile.ZipFile(cfg.source).namelist()
+        except Exception:  # a folder, or a damaged zip, of which ImageData tells
+            members = []
+        for name in members:
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise tdgp.UserError(f"{cfg.source}: a member leads out of the archive: {name}")
+
         try:
             self.data = tdgp.ImageData(tdgp.Config(resolution=cfg.resolution, depth="none"), cfg.source)
             "".join(self.data.names).encode()
@@ -213,35 +228,32 @@ class Work:
             raise tdgp.UserError(str(e).removeprefix("--data ")) from None
         except UnicodeEncodeError as e:
             raise tdgp.UserError(f"{cfg.source}: a name is not UTF-8 ({e}); rename the file") from None
-        self.cfg, self.folder, self.outputs, used = cfg, folder, [], {"depth"}   # depth.png is the contact sheet
-        for name in self.data.names:    # a.jpg -> a.png; a.webp beside it -> a_webp.png; none ends in _depth
-            stem, suffix = str(Path(name).with_suffix("")), Path(name).suffix[1:]
-            ends = itertools.chain(("", "_" + suffix), (f"_{k}" for k in itertools.count(2)))
-            stem = next(stem + end for end in ends if stem + end not in used and not (stem + end).endswith("_depth"))
-            used.update((stem, stem + "_depth"))
-            self.outputs.append(stem + ".png")
 
-    def paths(self, i):
-        """-> where image i and its depth go"""
-        path = self.folder / self.outputs[i]
-        return path, Path(tdgp.ImageData.depth_name(path))
+        self.names = self.data.names
+        self.labels = self.data.labels if self.data.num_classes else np.zeros(len(self.names), np.int64)
+        self.taken = {"depth"}  # as depth.png, the contact sheet
+        self.outputs = [self.output_name(name) for name in self.names]
 
-    def ready_depth(self, name, crop):
-        """A ready depth map, cut as its photograph; crop is a box in shares of the sides. -> (R, R)"""
-        stem = Path(self.cfg.depth_from) / Path(name).with_suffix("")
-        for path in (stem.with_name(stem.name + end) for end in (".npy", ".png", "_depth.png")):
-            if path.exists():
-                d = np.load(path).squeeze() if path.suffix == ".npy" else tdgp.read_depth(path.read_bytes())
-                if d.ndim != 2 or d.size == 0:
-                    raise ValueError(f"{path} is no map: its shape is {d.shape}")
-                d = PIL.Image.fromarray(d.astype(np.float32))
-                d = np.asarray(d.resize((self.cfg.resolution,) * 2, PIL.Image.BILINEAR,
-                                        box=[c * side for c, side in zip(crop, d.size * 2)]))
-                return 1 / np.maximum(d, 0.01 * d.max()) if self.cfg.invert else d
-        raise FileNotFoundError(f"no depth: {stem}.png, {stem.name}_depth.png or {stem.name}.npy")
+    def output_name(self, name):
+        """a.jpg -> a.png; a.webp beside it -> a_webp.png; another one -> a_2.png. None ends in _depth.png."""
+        stem = str(Path(name).with_suffix(""))
+        free = stem
+        tries = 0
+        while free in self.taken or free.endswith("_depth"):
+            tries += 1
+            free = f"{stem}_{Path(name).suffix[1:] if tries == 1 else tries}"
+        self.taken.update((free, free + "_depth"))
+        return free + ".png"
+
+    def paths(self, indices):
+        """Where these images and their depth go: image, depth, image, depth, ..."""
+        paths = []
+        for i in indices:
+            paths += [self.folder / self.outputs[i], self.folder / tdgp.depth_name(self.outputs[i])]
+        return paths
 
     def open(self, i):
-        with PIL.Image.open(io.BytesIO(self.data.read(self.data.names[i]))) as f:
+        with PIL.Image.open(io.BytesIO(self.data.read(self.names[i]))) as f:
             return tdgp.to_rgb(f)
 
     def picture(self, i, image=None):
@@ -249,241 +261,390 @@ class Work:
         return np.asarray(tdgp.crop_resize(image or self.open(i), self.cfg.resolution, PIL.Image.LANCZOS))
 
     def load(self, i):
-        """Write the photograph, and its depth if there is a ready map. -> what the network has to see, or None"""
+        """Write photograph i, and its depth if there are ready maps. -> else what the network has to see"""
         image = self.open(i)
+        self.write(self.paths([i])[0], self.picture(i, image))
         if self.cfg.depth_from:
-            (w, h), side = image.size, min(image.size)
-            crop = [(1 - side / w) / 2, (1 - side / h) / 2, (1 + side / w) / 2, (1 + side / h) / 2]
-            self.save(i, self.ready_depth(self.data.names[i], crop))
-        self.write(self.paths(i)[0], self.picture(i, image))
-        return None if self.cfg.depth_from else np.asarray(tdgp.crop_resize(image, LeReS.SIZE, PIL.Image.BILINEAR))
+            return self.save(i, self.ready_depth(i, image.size))
+        return np.asarray(tdgp.crop_resize(image, LeReS.SIZE, PIL.Image.BILINEAR))
 
     def save(self, i, depth):
         """Write depth (R, R): 16 bit, between its extremes."""
         low, high = float(depth.min()), float(depth.max())
         if not np.isfinite([low, high]).all():
             raise ValueError("depth is not finite")
-        self.write(self.paths(i)[1], ((depth - low) * (65535 / max(high - low, 1e-12))).round().astype(np.uint16))
+        depth = (depth - low) * (65535 / max(high - low, 1e-12))
+        self.write(self.paths([i])[1], depth.round().astype(np.uint16))
 
     def write(self, path, array):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tdgp.atomic(path) as tmp:
-            PIL.Image.fromarray(array).save(tmp, "PNG", compress_level=0)   # 1: a third smaller, 3 times as long
+            PIL.Image.fromarray(array).save(tmp, "PNG", compress_level=0)  # 1: a third less, 3 times as long
 
-WORK = None   # in worker processes: what they work on
+    def ready_depth(self, i, size):
+        """The ready map of photograph i, whose size is (w, h), cut as the photograph is. -> (R, R)"""
+        depth = PIL.Image.fromarray(self.read_map(self.names[i]))
+
+        # The photograph's largest centred square; the map may have another size.
+        share = min(size) / np.array(size)  # of its width and height
+        low = (1 - share) / 2 * depth.size
+        high = (1 + share) / 2 * depth.size
+        size = (self.cfg.resolution, self.cfg.resolution)
+        depth = np.asarray(depth.resize(size, PIL.Image.BILINEAR, box=(*low, *high)))
+        return 1 / np.maximum(depth, 0.01 * depth.max()) if self.cfg.invert else depth
+
+    def read_map(self, name):
+        """-> float32 (H, W)"""
+        stem = Path(self.cfg.depth_from) / Path(name).with_suffix("")
+        for end in (".npy", ".png", "_depth.png"):
+            path = stem.with_name(stem.name + end)
+            if path.exists():
+                depth = np.load(path).squeeze() if end == ".npy" else tdgp.read_depth(path.read_bytes())
+                if depth.ndim != 2 or depth.size == 0:
+                    raise ValueError(f"{path} is no map: its shape is {depth.shape}")
+                return depth.astype(np.float32)
+        raise FileNotFoundError(f"no depth: {stem}.png, {stem.name}_depth.png or {stem.name}.npy")
+
+
+WORK = None  # in worker processes: the photographs
+
 
 def start_worker(work):
     global WORK
     WORK = work
-    tdgp.start_worker(0)   # the main process decides when to stop, and when it is killed so are its workers
-    threading.Thread(target=lambda main: (wait_for(lambda: os.getppid() != main), os._exit(1)), args=(os.getppid(),),
-                     daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides when to stop
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def end_with(parent):
+    """End this process when its parent has ended, which may have been killed."""
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os._exit(1)
+
 
 def in_worker(method, *args):
-    """A method's result; or why there is none, a str. Only what stops the whole run, as a full disk, is raised."""
+    """A method's result, or why there is none, a str. Raised is only what stops the run, as a full disk."""
     try:
         return getattr(WORK, method)(*args)
     except tdgp.UserError:
         raise
-    except Exception as e:   # decoders of damaged files raise anything
-        return re.sub(r"<.* at 0x\w+>", "", " ".join(f"{type(e).__name__}: {e}".split())).strip()
+    except Exception as e:  # decoders of damaged files raise anything
+        reason = " ".join(f"{type(e).__name__}: {e}".split())
+        return re.sub(r"<.* at 0x\w+>", "", reason).strip()
+
 
 def in_groups(pool, method, groups, ahead=4):
-    """For each group of indices what a method makes of it, [(index, result)], with the next ones under way."""
-    loading = collections.deque()
-    for group in [*groups, *[[]] * ahead]:
-        if group:
-            loading.append([(i, pool.submit(in_worker, method, i)) for i in group])
-        if loading and (len(loading) == ahead or not group):
-            yield [(i, f.result()) for i, f in loading.popleft()]
+    """For each group of indices what a method of Work makes of it, [(index, result)]; more are under way."""
+    started = []
+    for k in range(len(groups) + ahead - 1):
+        if k < len(groups):
+            started.append([(i, pool.submit(in_worker, method, i)) for i in groups[k]])
+        if k >= ahead - 1:
+            yield [(i, future.result()) for i, future in started.pop(0)]
 
-def select(work, groups, pool, teacher, device):
-    """The share `keep` of each class that is likeliest under a Gaussian of its features (instance selection, DeVries et
-    al. 2020). The covariance goes a tenth of the way to a sphere, since a class may have few images. -> indices, those
-    of unreadable images among them"""
-    features, readable = [], []
-    for loaded in in_groups(pool, "picture", tqdm(groups, desc="selecting", unit="batch")):
-        good = [(i, x) for i, x in loaded if not isinstance(x, str)]
-        if good:
-            images = torch.from_numpy(np.stack([x for _, x in good])).to(device).permute(0, 3, 1, 2)
-            features.append(teacher(images / 127.5 - 1).float().cpu())
-            readable += [i for i, _ in good]
-    kept = sorted({i for group in groups for i in group} - set(readable))   # the next step says why they are left out
-    features, readable = torch.cat([*features, torch.zeros(0, teacher.dim)]), np.array(readable, int)
-    labels = work.data.labels[readable] if work.data.num_classes else np.zeros(len(readable), int)
+
+# ---- Preparing ---------------------------------------------------------------------------------------------
+# Any number of processes share the work. What they tell each other is in files of one folder: prepared.json
+# (what is made), kept.txt (of which images), and a mark from each that is done, with what it could not use.
+
+
+@dataclasses.dataclass
+class Prepare:
+    """Options, after SOURCE and TARGET."""
+
+    source: str
+    target: str
+    resolution: int = tdgp.opt(256, "side of the images")
+    weights: str = tdgp.opt("", "LeReS checkpoint (empty: downloaded once)")
+    depth_from: str = tdgp.opt("", "folder of ready maps in LeReS's place: PNG or .npy, upright, by name")
+    invert: bool = tdgp.opt(False, "the ready maps are disparity: take 1 / map")
+    keep: float = tdgp.opt(1.0, "share of each class to keep: the most typical images")
+    keep_model: str = tdgp.opt("resnet50", "timm model whose features tell what is typical")
+    keep_weights: str = tdgp.opt("", "local file with its weights (empty: timm downloads them)")
+    batch: int = tdgp.opt(16, "images the network sees at once")
+    workers: int = tdgp.opt(os.cpu_count() or 1, "processes that decode and encode")
+    device: str = tdgp.opt("auto", "auto takes the GPU if there is one", "auto", "cuda", "cpu")
+    precision: str = tdgp.opt("tf32", "arithmetic of LeReS; on CPUs tf32 is fp32", "fp32", "tf32", "bf16")
+
+    def __post_init__(self):
+        for name in ("resolution", "batch", "workers"):
+            if getattr(self, name) < 1:
+                raise tdgp.UserError(f"--{name} {getattr(self, name)}: must be positive")
+        if not 0 < self.keep <= 1:
+            raise tdgp.UserError(f"--keep {self.keep}: must be above 0 and at most 1")
+        if self.invert and not self.depth_from:
+            raise tdgp.UserError("--invert: is for ready maps; give --depth-from too")
+        if self.depth_from and not Path(self.depth_from).is_dir():
+            raise tdgp.UserError(f"--depth-from {self.depth_from}: no such folder")
+
+
+class Job:
+    """What the steps of a preparation share. A zip is made, in the end, of a folder beside it."""
+
+    def __init__(self, cfg):
+        self.cfg = cfg
+        self.rank, self.world = tdgp.RANK, tdgp.WORLD
+        self.device = tdgp.choose_device(cfg.device, cfg.precision)
+        self.target = Path(cfg.target)
+        self.zipped = cfg.target.endswith(".zip")
+        self.folder = self.target.with_suffix(".unfinished") if self.zipped else self.target
+        self.complete = self.target if self.zipped else self.target / "dataset.json"  # comes last
+        self.note = self.folder / "prepared.json"
+        self.marks = [self.folder / f".part-{rank}-of-{self.world}" for rank in range(self.world)]
+        self.work = None  # the photographs, once they have been found
+        self.skipped = {}  # name of a photograph: why it is left out
+        self.network_seconds = 0.0
+
+    def about(self, name):
+        """Where a file about the result goes: into the folder, or beside the zip."""
+        return self.target.with_suffix("." + name) if self.zipped else self.target / name
+
+
+def prepare(cfg):
+    """The share of this process; process 0 also finishes the whole."""
+    job = Job(cfg)
+    if job.complete.exists():
+        if job.zipped and job.note.exists():  # left by a run that was killed in its last moment
+            shutil.rmtree(job.folder, ignore_errors=True)
+        if job.rank > 0:
+            return
+        raise tdgp.UserError(f"{job.target}: is there already; delete it to make it anew")
+    if job.rank == 0:
+        for mark in job.folder.glob(".part-*"):  # of an earlier run: they would be trusted
+            mark.unlink(missing_ok=True)
+
+    # What may be wrong is found out before there is a folder.
+    job.work = Work(cfg, job.folder)
+    weights = None if cfg.depth_from else find_weights(cfg.weights)
+    model = load_leres(weights).to(job.device) if weights else None
+    teacher = None
+    if cfg.keep < 1 and job.rank == 0:
+        teacher = tdgp.Teacher(cfg.keep_model, cfg.keep_weights).to(job.device)
+    claim(job, weights)
+
+    start = time.time()
+    context = multiprocessing.get_context("fork" if hasattr(os, "fork") else None)
+    with concurrent.futures.ProcessPoolExecutor(cfg.workers, context, start_worker, (job.work,)) as pool:
+        indices = list(range(len(job.work.names)))
+        if cfg.keep < 1:
+            indices = choose(job, pool, indices, teacher)
+        estimate(job, pool, indices, model)
+    hand_in(job)
+
+    if job.rank == 0 and not job.complete.exists():
+        n = finish(job, indices)
+        spent = f"{time.time() - start:.0f} s ({job.network_seconds:.0f} s of it for the network)"
+        print(f"{job.target}: {n:,} images; {spent}")
+
+
+def claim(job, weights):
+    """Make the folder, or go on in it if it was begun in the same way: nothing else must get mixed in."""
+    # All that the result depends on.
+    recipe = dataclasses.asdict(job.cfg)
+    for name in ("target", "workers", "device"):
+        del recipe[name]
+    recipe["source"] = str(Path(job.cfg.source).resolve())
+    recipe["weights"] = file_sha256(weights) if weights else ""
+    recipe["depth_from"] = str(Path(job.cfg.depth_from).resolve()) if job.cfg.depth_from else ""
+
+    if job.rank == 0 and not job.note.exists():
+        job.folder.mkdir(parents=True, exist_ok=True)
+        if set(os.listdir(job.folder)) - {"skipped.txt"}:  # that of an attempt in which nothing was usable
+            raise tdgp.UserError(f"{job.folder}: has files that are not of this program; name another target")
+        write_text(job.note, json.dumps(recipe, indent=1))
+    wait_for([job.note])
+
+    try:
+        before = dict(json.loads(job.note.read_text()))
+    except (ValueError, TypeError):
+        raise tdgp.UserError(f"{job.note}: is not of this program; name another target") from None
+    differing = [name for name in recipe if before.get(name, recipe[name]) != recipe[name]]
+    if differing:
+        what = ", ".join(differing)
+        raise tdgp.UserError(f"{job.folder}: was begun with another {what}; delete it or name another")
+
+
+def write_text(path, text):
+    with tdgp.atomic(path) as tmp:
+        tmp.write_text(text)
+
+
+def wait_for(paths):
+    """For files that other processes write. Without a limit: if one of those dies, so does the whole job."""
+    while not all(map(Path.exists, paths)):
+        time.sleep(0.2)
+
+
+def split(indices, size):
+    return [indices[first : first + size] for first in range(0, len(indices), size)]
+
+
+def choose(job, pool, indices, teacher):
+    """The images to keep, which process 0 selects and lists in kept.txt. -> indices"""
+    kept = job.folder / "kept.txt"
+    if job.rank == 0 and not kept.exists():
+        selected = select(job, pool, indices, teacher)
+        write_text(kept, "".join(f"{job.work.names[i]}\n" for i in selected))
+    wait_for([kept])
+    names = set(kept.read_text().split("\n"))
+    return [i for i in indices if job.work.names[i] in names]
+
+
+def select(job, pool, indices, teacher):
+    """The share `keep` of each class that is likeliest under a Gaussian of its features (instance selection,
+    DeVries et al. 2020). -> indices; those of unreadable images, too: the next step says what is wrong."""
+    features = [torch.zeros(0, teacher.dim)]
+    readable = []
+    groups = split(indices, job.cfg.batch)
+    for loaded in tqdm(in_groups(pool, "picture", groups), "selecting", len(groups), unit="batch"):
+        pictures = {i: result for i, result in loaded if isinstance(result, np.ndarray)}
+        if pictures:
+            images = torch.from_numpy(np.stack(list(pictures.values()))).to(job.device)  # (B, R, R, 3)
+            features.append(teacher(images.permute(0, 3, 1, 2) / 127.5 - 1).float().cpu())
+            readable.extend(pictures)
+    features = torch.cat(features)  # (N, teacher.dim)
+
+    kept = set(indices) - set(readable)
+    readable = np.array(readable, int)
+    labels = job.work.labels[readable]
     for label in np.unique(labels):
         own = np.flatnonzero(labels == label)
         x = features[own].double()
         x = x - x.mean(0)
-        cov = x.t() @ x / max(len(own) - 1, 1)
+
+        # The covariance goes a tenth of the way to a sphere, since a class may have few images.
+        cov = x.t() @ x / max(len(own) - 1, 1)  # (dim, dim)
         cov = 0.9 * cov + (0.1 * cov.diagonal().mean() + 1e-9) * torch.eye(len(cov), dtype=cov.dtype)
-        unlikely = (x * torch.linalg.solve(cov, x.t()).t()).sum(1)
-        kept += readable[own[unlikely.argsort(stable=True)[:math.ceil(work.cfg.keep * len(own))].numpy()]].tolist()
+        unlikely = (x * torch.linalg.solve(cov, x.t()).t()).sum(1)  # squared Mahalanobis distance
+
+        number = math.ceil(job.cfg.keep * len(own))
+        likeliest = own[unlikely.argsort(stable=True)[:number].numpy()]
+        kept.update(readable[likeliest].tolist())
     return sorted(kept)
 
-def claim(work, weights, rank):
-    """Make the folder, or go on in it if it was begun in the same way: another source or size must not get mixed in."""
-    recipe = {k: v for k, v in dataclasses.asdict(work.cfg).items() if k not in ("target", "workers", "device")}
-    recipe.update(source=str(Path(work.cfg.source).resolve()), weights=file_sha256(weights) if weights else "",
-                  depth_from=str(Path(work.cfg.depth_from).resolve()) if work.cfg.depth_from else "")
-    note = work.folder / "prepared.json"
-    if rank == 0 and not note.exists():
-        work.folder.mkdir(parents=True, exist_ok=True)
-        if {p.name for p in work.folder.iterdir()} - {"skipped.txt"}:   # that of an attempt in which nothing was usable
-            raise tdgp.UserError(f"{work.folder}: has files that are not of this program; name another target")
-        with tdgp.atomic(note) as tmp:
-            tmp.write_text(json.dumps(recipe, indent=1))
-    wait_for(note.exists)
-    try:
-        before = dict(json.loads(note.read_text()))
-    except (ValueError, TypeError):
-        raise tdgp.UserError(f"{note}: is not of this program; name another target") from None
-    differing = [k for k, v in recipe.items() if before.get(k, v) != v]
-    if differing:
-        raise tdgp.UserError(f"{work.folder}: was begun with another {', '.join(differing)}; delete it or name another")
 
-def prepare(cfg):
-    """The share of this process; process 0 also finishes the whole."""
-    (rank, world, local_rank), target, zipped = tdgp.distributed(), Path(cfg.target), cfg.target.endswith(".zip")
-    device, folder = tdgp.choose_device(cfg, local_rank), target.with_suffix(".unfinished") if zipped else target
-    if (target if zipped else target / "dataset.json").exists():
-        if zipped and (folder / "prepared.json").exists():
-            shutil.rmtree(folder, ignore_errors=True)   # of a run that was killed in its last moment
-        if rank > 0:
-            return
-        raise tdgp.UserError(f"{target}: is there already; delete it to make it anew")
-    part = folder / f".part-{rank}-of-{world}"
-    for p in folder.glob(".part-*") if rank == 0 else [part]:   # marks of an earlier run: process 0 would trust them
-        p.unlink(missing_ok=True)
-    work = Work(cfg, folder)
-    weights = None if cfg.depth_from else find_weights(cfg.weights)
-    model = load_leres(weights).to(device) if weights else None
-    try:
-        teacher = tdgp.Teacher(cfg.keep_model, cfg.keep_weights).to(device) if cfg.keep < 1 and rank == 0 else None
-    except tdgp.UserError as e:
-        raise tdgp.UserError(str(e).replace("--teacher-weights", "--keep-weights").replace("--teacher", "--keep-model")
-                             ) from None
-    claim(work, weights, rank)
-    split = lambda indices: [indices[first:first + cfg.batch] for first in range(0, len(indices), cfg.batch)]
-    indices, network, start = list(range(len(work.data))), 0.0, time.time()
-    context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
-    with concurrent.futures.ProcessPoolExecutor(cfg.workers, context, start_worker, (work,)) as pool:
-        if cfg.keep < 1:
-            kept = folder / "kept.txt"
-            if rank == 0 and not kept.exists():
-                chosen = select(work, split(indices), pool, teacher, device)
-                with tdgp.atomic(kept) as tmp:
-                    tmp.write_text("".join(f"{work.data.names[i]}\n" for i in chosen))
-            wait_for(kept.exists)
-            names = set(kept.read_text().split("\n"))
-            indices = [i for i in indices if work.data.names[i] in names]
-        # the network sees fixed groups of photographs, so that the result does not depend on what was there already
-        groups = [g for g in split(indices)[rank::world] if not all(p.exists() for i in g for p in work.paths(i))]
-        skipped, saving = {}, collections.deque()
-        with tqdm(total=sum(map(len, groups)), unit="img", disable=rank > 0, desc="preparing") as bar:
-            for number, loaded in enumerate(in_groups(pool, "load", groups), 1):
-                skipped.update({work.data.names[i]: x for i, x in loaded if isinstance(x, str)})
-                seen = [(i, x) for i, x in loaded if isinstance(x, np.ndarray)]
-                bar.update(len(loaded) - len(seen))
-                if seen:
-                    began = time.time()
-                    x = torch.from_numpy(np.stack([x for _, x in seen])).to(device).permute(0, 3, 1, 2).float() / 255
-                    with tdgp.autocast(cfg, device):
-                        depths = estimate_depth(model, x, cfg.resolution)[:, 0].cpu().numpy()
-                    network += time.time() - began
-                    saving += [(i, pool.submit(in_worker, "save", i, d)) for (i, _), d in zip(seen, depths)]
-                while len(saving) > (4 * cfg.batch if number < len(groups) else 0):   # writing may lag a little
-                    i, f = saving.popleft()
-                    skipped.update({work.data.names[i]: f.result()} if f.result() else {})
-                    bar.update()
-    while not part.exists():
-        with tdgp.atomic(part) as tmp:
-            tmp.write_text(json.dumps(skipped))
-        if rank > 0:   # process 0 may start late, and remove it then
-            wait_for(lambda: (target if zipped else target / "dataset.json").exists() or not part.exists())
-        if (target if zipped else target / "dataset.json").exists():
-            return
-    if rank == 0:
-        n = finish(work, indices, [folder / f".part-{r}-of-{world}" for r in range(world)], target, zipped)
-        print(f"{target}: {n:,} images; {time.time() - start:.0f} s ({network:.0f} s of it for the network)")
+def estimate(job, pool, indices, model):
+    """Write the photographs and their depth, as far as they are this process's and not there already."""
+    # The network sees fixed groups: neither what is there already nor the number of processes changes them.
+    size = job.cfg.batch
+    own = split(indices, size)[job.rank :: job.world]
+    groups = [group for group in own if not all(map(Path.exists, job.work.paths(group)))]
+    loading = in_groups(pool, "load", groups)
+    saving = []  # (index, future) of depth that is being written
+    for loaded in tqdm(loading, "preparing", len(groups), unit="img", unit_scale=size, disable=job.rank > 0):
+        pictures = {i: result for i, result in loaded if isinstance(result, np.ndarray)}
+        job.skipped.update({job.work.names[i]: result for i, result in loaded if isinstance(result, str)})
+        if pictures:
+            start = time.time()
+            images = torch.from_numpy(np.stack(list(pictures.values()))).to(job.device)  # (B, SIZE, SIZE, 3)
+            with tdgp.autocast(job.cfg, job.device):
+                depths = estimate_depth(model, images.permute(0, 3, 1, 2).float() / 255, job.cfg.resolution)
+            depths = depths[:, 0].cpu().numpy()  # (B, R, R)
+            job.network_seconds += time.time() - start
+            for i, depth in zip(pictures, depths, strict=True):
+                saving.append((i, pool.submit(in_worker, "save", i, depth)))
+        settle(job, saving, 4 * size)
+    settle(job, saving, 0)
 
-def finish(work, indices, parts, target, zipped):
-    """Wait for all; then skipped.txt, contact sheet, dataset.json and, if wanted, the zip. -> number of images"""
-    beside = (lambda name: target.with_suffix("." + name)) if zipped else (lambda name: target / name)
-    wait_for(lambda: all(p.exists() for p in parts))
-    skipped = {k: v for p in parts for k, v in json.loads(p.read_text()).items()}
-    indices = [i for i in indices if work.data.names[i] not in skipped]
-    wait_for(lambda: all(p.exists() for i in indices for p in work.paths(i)))
-    alone = (p for i, name in enumerate(work.data.names) if name in skipped for p in work.paths(i))
-    for p in [*work.folder.rglob(".*.tmp"), *alone]:      # and what killed runs left
-        p.unlink(missing_ok=True)
-    with tdgp.atomic(beside("skipped.txt")) as tmp:
-        tmp.write_text("".join(f"{name}\t{skipped[name]}\n" for name in sorted(skipped)))
+
+def settle(job, saving, most):
+    """Writing may lag a little: wait until depth of at most so many photographs is still being written."""
+    while len(saving) > most:
+        i, future = saving.pop(0)
+        if problem := future.result():
+            job.skipped[job.work.names[i]] = problem
+
+
+def hand_in(job):
+    """Leave this process's mark; processes other than 0 then wait until the whole is complete."""
+    mark = job.marks[job.rank]
+    while not job.complete.exists():
+        write_text(mark, json.dumps(job.skipped))
+        if job.rank == 0:
+            return
+        while mark.exists() and not job.complete.exists():  # process 0, if it starts late, removes the mark
+            time.sleep(0.2)
+
+
+# ---- Finishing, by process 0 -------------------------------------------------------------------------------
+
+
+def finish(job, indices):
+    """Wait for all; then skipped.txt, contact sheet, dataset.json and perhaps the zip. -> number of images"""
+    work = job.work
+    wait_for(job.marks)
+    skipped = {}
+    for mark in job.marks:
+        skipped.update(json.loads(mark.read_text()))
+    indices = [i for i in indices if work.names[i] not in skipped]
+    wait_for(work.paths(indices))  # a file system that machines share may be slow
+
+    # What killed runs left; and an image without depth, or the other way round.
+    left_out = [i for i, name in enumerate(work.names) if name in skipped]
+    for path in [*job.folder.rglob(".*.tmp"), *work.paths(left_out)]:
+        path.unlink(missing_ok=True)
+
+    reasons = job.about("skipped.txt")
+    write_text(reasons, "".join(f"{name}\t{skipped[name]}\n" for name in sorted(skipped)))
     if not indices:
-        (work.folder / "prepared.json").unlink()   # the next attempt may be another
-        raise tdgp.UserError(f"{work.cfg.source}: not one image of it could be used; {beside('skipped.txt')} says why")
-    labels, cells = work.data.labels[indices] if work.data.num_classes else work.data.labels, []
-    for k in tdgp.grid_indices(labels, min(32, len(indices))):
-        image, depth = (np.asarray(PIL.Image.open(p)) for p in work.paths(indices[k]))
-        cells.append(np.concatenate([image, (depth // 257).astype(np.uint8)[..., None].repeat(3, 2)]))
-    tdgp.write_image(tdgp.tile(cells, min(8, len(cells))), beside("depth.png"))
-    listed = [[work.outputs[i], int(label)] for i, label in zip(indices, labels)] if len(labels) else None
-    with tdgp.atomic(work.folder / "dataset.json") as tmp:
-        tmp.write_text(json.dumps(dict(labels=listed)))
-    for p in work.folder.glob(".part-*"):   # now the others may go
-        p.unlink()
-    if work.cfg.keep < 1:
-        with tdgp.atomic(beside("kept.txt")) as tmp:
-            tmp.write_text("".join(f"{work.data.names[i]}\n" for i in indices))
-    if zipped:
-        with tdgp.atomic(target) as tmp, zipfile.ZipFile(tmp, "w") as z:
-            for path in [work.folder / "dataset.json", *(p for i in indices for p in work.paths(i))]:
-                z.writestr(zipfile.ZipInfo(path.relative_to(work.folder).as_posix()), path.read_bytes())   # no date
-        shutil.rmtree(work.folder)
+        job.note.unlink()  # the next attempt may be another
+        raise tdgp.UserError(f"{job.cfg.source}: not one image of it could be used; {reasons} says why")
+
+    write_sheet(work, indices, job.about("depth.png"))
+    listed = None
+    if work.data.num_classes:
+        listed = [[work.outputs[i], int(work.labels[i])] for i in indices]
+    listing = job.folder / "dataset.json"
+    write_text(listing, json.dumps({"labels": listed}))
+    if job.cfg.keep < 1:
+        write_text(job.about("kept.txt"), "".join(f"{work.names[i]}\n" for i in indices))
+
+    if job.zipped:
+        with tdgp.atomic(job.target) as tmp, zipfile.ZipFile(tmp, "w") as archive:
+            for path in [listing, *work.paths(indices)]:
+                member = zipfile.ZipInfo(path.relative_to(job.folder).as_posix())  # with a fixed date
+                archive.writestr(member, path.read_bytes())
+        shutil.rmtree(job.folder)
+    else:
+        for mark in job.marks:
+            mark.unlink()
     if skipped:
-        print(f"{len(skipped)} images were left out; {beside('skipped.txt')} says why", file=sys.stderr)
+        print(f"{len(skipped)} images were left out; {reasons} says why", file=sys.stderr)
     return len(indices)
 
-def prepare_for_training(cfg, source, root):
-    """What 3dgp.py does with photographs alone: prepare them once, all processes together. -> folder"""
-    place = hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:8]
-    target = root / f"{source.resolve().stem}-{cfg.resolution}-{place}"
-    if tdgp.distributed()[0] == 0:
-        print(f"{source}: photographs without depth; prepared, once, in {target}", flush=True)
-    if not (target / "dataset.json").exists():
-        try:
-            prepare(Prepare(str(source), str(target), cfg.resolution, cfg.depth_weights, device=cfg.device))
-        except tdgp.UserError as e:
-            e = str(e).replace("--weights", "--depth-weights")
-            raise tdgp.UserError(f"{e}; or train on RGB alone: --depth none") from None
-        wait_for((target / "dataset.json").exists)
-    return target
 
-def main(argv=None):
+def write_sheet(work, indices, path):
+    """Up to 32 photographs over their depth, from all classes in turn."""
+    cells = []
+    for k in tdgp.grid_indices(work.labels[indices], min(32, len(indices))):
+        image, depth = (np.asarray(PIL.Image.open(p)) for p in work.paths([indices[k]]))
+        gray = (depth // 257).astype(np.uint8)[..., None].repeat(3, 2)  # (R, R, 3)
+        cells.append(np.concatenate([image, gray]))
+    tdgp.write_image(tdgp.tile(cells, min(8, len(cells))), path)
+
+
+# ---- Main --------------------------------------------------------------------------------------------------
+
+
+def run(argv):
+    description = "Photographs to training data with depth, as the head of this file says."
+    source = ("source", "folder or zip of photographs", None)
+    target = ("target", "folder, or a name that ends in .zip, for the result", None)
     try:
-        parser = tdgp.Parser(prog="lereS_depth.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                             description="Photographs to training data with depth, as the head of this file says.")
-        parser.add_argument("source", help="folder or zip of photographs")
-        parser.add_argument("target", help="folder, or a name that ends in .zip, for the result")
-        tdgp.add_options(parser, Prepare)
-        cfg = Prepare(**vars(parser.parse_args(argv)))
-        for name in ("resolution", "batch", "workers"):
-            if getattr(cfg, name) < 1:
-                raise tdgp.UserError(f"--{name} {getattr(cfg, name)}: must be positive")
-        if not 0 < cfg.keep <= 1:
-            raise tdgp.UserError(f"--keep {cfg.keep}: must be above 0 and at most 1")
-        if cfg.invert and not cfg.depth_from:
-            raise tdgp.UserError("--invert: is for ready maps; give --depth-from too")
-        if cfg.depth_from and not Path(cfg.depth_from).is_dir():
-            raise tdgp.UserError(f"--depth-from {cfg.depth_from}: no such folder")
-        prepare(cfg)
-    except (tdgp.UserError, OSError, concurrent.futures.BrokenExecutor) as e:
-        print(f"lereS_depth.py: error: {e}", file=sys.stderr)
-        return 2
+        given = tdgp.parse_options(Prepare, "lereS_depth.py", description, argv, (source, target))
+        prepare(Prepare(**given))
+    except concurrent.futures.BrokenExecutor as e:  # a worker process was killed
+        raise tdgp.UserError(str(e)) from None
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
+        raise
+
+
+def main(argv=None):
+    """-> exit status"""
+    return tdgp.run_program("lereS_depth.py", lambda: run(argv))
+
 
 if __name__ == "__main__":
     sys.exit(main())

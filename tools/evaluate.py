@@ -1,0 +1,292 @@
+"""Measures a trained generator: distances between its samples and the data, and how flat its geometry is.
+
+    python tools/evaluate.py --resume runs/shapes --detector area8
+    python tools/evaluate.py --resume runs/photos --metrics fid2k,kid2k --detector timm:resnet50
+    python tools/evaluate.py --resume runs/imagenet --metrics fid50k,is50k,kid50k,pr50k,nfs256
+    torchrun --nproc_per_node=8 tools/evaluate.py --resume runs/imagenet --metrics fid50k,nfs256
+
+The numbers are printed and appended to metrics.jsonl beside the checkpoint; any number of processes gives the
+same ones. fid, is and nfs are those that training follows, in 3dgp.py; kid and pr are here. On `shapes`,
+whose truth is known, cameras and depth are compared with it as well.
+Shapes in comments: N reals, M fakes, F features, R resolution.
+"""
+
+import dataclasses
+import importlib
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+tdgp = importlib.import_module("3dgp")
+
+KINDS = ("fid", "kid", "is", "pr", "nfs")
+
+
+@dataclasses.dataclass
+class EvaluateOptions:
+    """The command line."""
+
+    resume: str = tdgp.opt("", "checkpoint, or run folder (its newest)")
+    data: str = tdgp.opt("", "data to compare with (empty: what it was trained on)")
+    metrics: str = tdgp.opt(
+        "fid50k,nfs256",
+        "of fid, kid, is, pr, each with a number of images (fid50k,pr10k), and nfs (nfs256)",
+    )
+    detector: str = tdgp.opt(
+        "inception",
+        "what compares images: inception (downloaded), its file, timm:NAME[:WEIGHTS], "
+        "or area8, area averages",
+    )
+    reals: int = tdgp.opt(0, "images of the data that samples are compared with (0: all)")
+    device: str = tdgp.opt("auto", "auto takes the GPU if there is one", "auto", "cuda", "cpu")
+
+
+# ---- Metrics that training does not follow -----------------------------------------------------------------
+def kernel_distance(a, b, subsets=100, size=1000):
+    """KID (Binkowski et al. 2018) of features (N, F) and (M, F): the unbiased squared MMD with the kernel
+    (x.y / F + 1)³, as the mean over random subsets, of `size` rows each if there are so many. -> float"""
+    random = torch.Generator().manual_seed(0)
+    n = min(size, len(a), len(b))
+
+    total = 0.0
+    for _ in range(subsets):
+        x = random_rows(a, n, random)  # (n, F)
+        y = random_rows(b, n, random)  # (n, F)
+
+        # The mean over pairs within a set leaves out each row's pair with itself: that makes it unbiased.
+        xx = cubic_kernel(x, x)  # (n, n)
+        yy = cubic_kernel(y, y)  # (n, n)
+        within = (xx.sum() - xx.trace() + yy.sum() - yy.trace()) / (n * (n - 1))
+        total += float(within - 2 * cubic_kernel(x, y).mean())
+    return total / subsets
+
+
+def random_rows(features, n, random):
+    """n different rows of features (N, F), in float64; drawn on the CPU, so all devices take the same."""
+    chosen = torch.randperm(len(features), generator=random)[:n]
+    return features[chosen.to(features.device)].double()
+
+
+def cubic_kernel(x, y):
+    """Every row of x (n, F) with every row of y (m, F). -> (n, m)"""
+    return (x @ y.t() / x.shape[1] + 1) ** 3
+
+
+def precision_recall(real, fake, k=3):
+    """Precision: the share of fakes (M, F) that are as near to one of the reals (N, F) as that one's k-th
+    neighbour among the reals. Recall: the same with both exchanged (Kynkaanniemi et al. 2019).
+    -> two floats in [0, 1]"""
+    return share_covered(fake, real, k), share_covered(real, fake, k)
+
+
+def share_covered(x, by, k, part=1000):
+    """Share of the rows of x (n, F) that lie in the ball of a row of `by` (m, F), which reaches to the k-th
+    neighbour of that row in `by`. `part` rows at a time, which bounds memory. -> float in [0, 1]"""
+    radius = []
+    for rows in by.split(part):
+        distance = torch.cdist(rows, by)  # (part, m)
+        radius.append(distance.kthvalue(k + 1).values)  # the first one is the row itself
+    radius = torch.cat(radius)  # (m,)
+
+    covered = []
+    for rows in x.split(part):
+        covered.append((torch.cdist(rows, by) <= radius).any(1))  # (part,)
+    return float(torch.cat(covered).double().mean())
+
+
+@torch.no_grad()
+def measure(G, data, labels, metrics, detector, reals):
+    """Metrics of G, in evaluation mode, against the data. -> {name: number}, in the order of the metrics
+    labels (N,): the data's classes, on G's device; metrics: what parse_metrics returns; detector: None if all
+    are nfs; reals: how many images of the data count (0: all)."""
+    # What several metrics share is computed once, for the one that takes most of it.
+    count_flat = largest(metrics, "nfs")
+    count_fake = largest(metrics, "fid", "kid", "is", "pr")
+    count_rows = largest(metrics, "kid", "pr")
+    fake, flat = tdgp.measure_samples(G, labels, detector, count_fake, count_flat)
+    if largest(metrics, "fid"):
+        mean, cov = tdgp.running_gaussian(tdgp.real_parts(G.cfg, data, detector, labels.device, reals))
+    if count_rows:
+        count_rows = min(count_rows, reals or count_rows)
+        real = tdgp.gather(tdgp.real_parts(G.cfg, data, detector, labels.device, count_rows))  # (N, F)
+
+    found = {}
+    label = detector.label if detector else ""
+    width = slice(detector.width if detector else None)
+    for kind, count, n in metrics:
+        name = tdgp.metric_name(kind, count, label)
+        if kind == "fid":
+            gaussian = tdgp.gaussian(fake[:n, width])
+            found[name] = tdgp.frechet_distance((mean[width], cov[width, width]), gaussian)
+        elif kind == "kid":
+            found[name] = kernel_distance(real[:n, width], fake[:n, width])
+        elif kind == "is":
+            found[name] = tdgp.inception_score(fake[:n, detector.width :])
+        elif kind == "pr":
+            precision, recall = precision_recall(real[:n, width], fake[:n, width])
+            found[tdgp.metric_name("precision", count, label)] = precision
+            found[tdgp.metric_name("recall", count, label)] = recall
+        else:
+            found[name] = float(flat[:n].mean())
+    return found
+
+
+def largest(metrics, *kinds):
+    """The largest number of images that a metric of these kinds asks for; 0 if there is none."""
+    return max((n for kind, _, n in metrics if kind in kinds), default=0)
+
+
+# ---- Where the truth is known ------------------------------------------------------------------------------
+@torch.no_grad()
+def evaluate_truth(G, data, labels, n=512):
+    """G, in evaluation mode, against the truth of `shapes`, by n samples and the first n images.
+    -> {name: number or list}: what compare_cameras and compare_depth return"""
+    z, c, prior = tdgp.draw_latents(G.cfg, n, labels, "evaluate_truth")
+    posterior = G.pose(prior, z, c)
+    true = [
+        data.true_camera(np.random.default_rng(i), data.labels[i]) for i in range(n)
+    ]  # as item i draws it
+    cameras = compare_cameras(prior, posterior, torch.from_numpy(np.stack(true)).to(z.device))
+
+    batch = tdgp.collate([data[i] for i in range(n)])
+    real = tdgp.real_images(batch, z.device)  # (n, 3 or 4, R, R)
+    true_depth = batch["true_depth"].to(z.device)  # (n, 1, R, R)
+    image, depth = render_samples(G, z, c, posterior)
+    return {**cameras, **compare_depth(G.depth_adaptor, image, depth, real, true_depth)}
+
+
+def compare_cameras(prior, posterior, true):
+    """Prior and posterior Camera of n, true parameters (n, 6) -> {name: list of 6}, for posterior and prior
+    camera_w1: Wasserstein-1 distance to the true ones, each parameter by itself, in radians or degrees;
+    camera_mean, camera_std: mean and standard deviation."""
+    found = {}
+    for name, camera in (("posterior", posterior), ("prior", prior)):
+        parameters = tdgp.camera_parameters(camera)  # (n, 6)
+        distance = (sorted_parameters(parameters) - sorted_parameters(true)).abs().mean(0)
+        found[f"camera_w1_{name}"] = distance.tolist()
+        found[f"camera_mean_{name}"] = parameters.mean(0).tolist()
+        found[f"camera_std_{name}"] = parameters.std(0).tolist()
+    return found
+
+
+def sorted_parameters(parameters):
+    """Each parameter in ascending order; yaw and pitch less their means, which are no property of the data: a
+    scene can turn instead. (n, 6) -> (n, 6)"""
+    direction = parameters[:, :2] - parameters[:, :2].mean(0)
+    return torch.cat([direction, parameters[:, 2:]], 1).sort(0).values
+
+
+def render_samples(G, z, c, camera, part=16):
+    """`part` samples at a time, which bounds memory. -> rgb (n, 3, R, R), depth (n, 1, R, R)"""
+    images = []
+    depths = []
+    for start in range(0, len(z), part):
+        stop = start + part
+        planes = G.backbone(G.mapping(z[start:stop], c[start:stop]))
+        image, depth = G.render(planes, tdgp.rows(camera, start, stop), G.cfg.resolution)
+        images.append(image)
+        depths.append(depth)
+    return torch.cat(images), torch.cat(depths)
+
+
+def compare_depth(adaptor, image, depth, real, true_depth):
+    """Rendered rgb (n, 3, R, R) and depth (n, 1, R, R), real images (n, 3 or 4, R, R), their true depth
+    -> {name: number}
+    depth_error_render: mean absolute difference, in world units, of rendered depth and the true depth of the
+    image of most similar colours; depth_error_data: the same of two images of the data.
+    depth_error_raw, _adapted: of true depth, as is and adapted, and estimated depth, by pixel.
+    depth_fd_raw, _adapted: Frechet distance of rendered depth, as is and adapted, and estimated depth."""
+    colors = tdgp.area8(image)  # (n, 192)
+    real_colors = tdgp.area8(real[:, :3])  # (n, 192)
+    nearest = torch.cdist(colors, real_colors).argmin(1)
+    nearest_other = torch.cdist(real_colors, real_colors).fill_diagonal_(math.inf).argmin(1)
+    found = {
+        "depth_error_render": float((depth - true_depth[nearest]).abs().mean()),
+        "depth_error_data": float((true_depth - true_depth[nearest_other]).abs().mean()),
+    }
+    if adaptor is None:
+        return found
+
+    estimated = real[:, 3:]  # (n, 1, R, R)
+    true_candidates = adaptor.candidates(true_depth)  # (4, n, 1, R, R)
+    candidates = adaptor.candidates(depth)  # (4, n, 1, R, R)
+    estimated_gaussian = tdgp.gaussian(tdgp.area8(estimated))
+    for name, level in (("raw", 0), ("adapted", adaptor.level)):
+        found[f"depth_error_{name}"] = float((true_candidates[level] - estimated).abs().mean())
+        rendered_gaussian = tdgp.gaussian(tdgp.area8(candidates[level]))
+        found[f"depth_fd_{name}"] = tdgp.frechet_distance(estimated_gaussian, rendered_gaussian)
+    return found
+
+
+# ---- Command line ------------------------------------------------------------------------------------------
+class TimmDetector:
+    """A timm model in the place of tdgp.Detector: features, then class probabilities."""
+
+    def __init__(self, name, device):
+        _, self.label, weights = f"{name}:".split(":")[:3]
+        self.net = tdgp.Teacher(self.label, weights).to(device)
+        self.width = self.net.dim
+
+    def __call__(self, image):
+        features = self.net(image[:, :3].clamp(-1, 1))
+        return torch.cat([features, self.net.model.get_classifier()(features).softmax(1)], 1)
+
+
+def open_detector(name, device, kinds):
+    """name: as --detector. -> a detector, or None where no metric of the kinds needs one"""
+    if set(kinds) == {"nfs"}:
+        return None
+    if name == "area8" and "is" in kinds:
+        raise tdgp.UserError(
+            "--metrics: area8 has no class probabilities, which is needs; take another --detector"
+        )
+    return (TimmDetector if name.startswith("timm:") else tdgp.Detector)(name, device)
+
+
+def evaluate_checkpoint(options):
+    """Measures the checkpoint options.resume over all processes; the first one prints and writes."""
+    metrics = tdgp.parse_metrics(options.metrics, KINDS)
+    if not metrics:
+        raise tdgp.UserError("--metrics is empty: name what to measure, as in fid50k,nfs256")
+    G, path, kimg = tdgp.load_generator(options.resume, options.device)
+    G.cfg = dataclasses.replace(G.cfg, data=options.data or G.cfg.data)
+    device = next(G.parameters()).device
+
+    detector = open_detector(options.detector, device, [kind for kind, _, _ in metrics])
+    data = tdgp.open_data(G.cfg)
+    if G.cfg.num_classes != data.num_classes:
+        raise tdgp.UserError(
+            f"--data {G.cfg.data}: has {data.num_classes} classes, the checkpoint {G.cfg.num_classes}"
+        )
+    tdgp.join_processes(device)
+
+    labels = torch.from_numpy(data.labels).to(device)
+    found = measure(G, data, labels, metrics, detector, options.reals)
+    if isinstance(data, tdgp.ShapesData):
+        found.update(evaluate_truth(G, data, labels))
+    if tdgp.RANK > 0:
+        return
+
+    entry = {"kimg": kimg, "data": G.cfg.data, "reals": options.reals, **found}
+    tdgp.append_line(path.with_name("metrics.jsonl"), entry)
+    for name, value in found.items():
+        if isinstance(value, float):
+            print(f"{kimg:g} kimg: {name} {value:.4g}")
+
+
+def run(argv):
+    given = tdgp.parse_options(EvaluateOptions, "evaluate.py", "Metrics of a checkpoint.", argv)
+    evaluate_checkpoint(EvaluateOptions(**given))
+
+
+def main(argv=None):
+    """-> exit status. argv: the command line (None: the program's own)"""
+    return tdgp.run_program("evaluate.py", lambda: run(argv))
+
+
+if __name__ == "__main__":
+    tdgp.leave(main())

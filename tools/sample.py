@@ -1,0 +1,350 @@
+"""Makes pictures, animations, meshes, point clouds and depth with a trained generator.
+
+    python tools/sample.py --resume runs/shapes                    # a grid: classes down, seeds across
+    python tools/sample.py --resume runs/imagenet --classes 1,5,10-20 --seeds 0-15 --truncation 0.7
+    python tools/sample.py --resume runs/shapes --video orbit      # or --interpolate, from sample to sample
+    python tools/sample.py --resume runs/shapes --classes 0 --seeds 1 --mesh --points --depth --cameras
+
+It needs a checkpoint alone. Letters in the comments on shapes are those of 3dgp.py."""
+
+import dataclasses
+import importlib
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+tdgp = importlib.import_module("3dgp")
+opt = tdgp.opt
+
+
+@dataclasses.dataclass
+class SampleOptions:
+    """The command line. There is one sample for each of the classes and seeds."""
+
+    resume: str = opt("", "checkpoint, or run folder (its newest)")
+    out: str = opt("", "folder to write into (empty: samples-<kimg> beside the checkpoint)")
+    classes: str = opt("", "which classes, as in 1,5,10-20 (empty: the first 8)")
+    seeds: str = opt("0-3", "which seeds, likewise; a seed is a z and a draw of the camera")
+    truncation: float = opt(1.0, "draws w to the mean w of its class: 1 leaves it, 0 is that mean")
+    resolution: int = opt(0, "side of the pictures (0: as trained)")
+    each: bool = opt(False, "one picture or animation of each sample, not one of all")
+    video: str = opt("none", "animation from the mean camera on", "none", "orbit", "wiggle", "line", "zoom")
+    interpolate: bool = opt(False, "animation that walks from each sample to the next and back to the first")
+    frames: int = opt(64, "frames of an animation (of each step of a walk)")
+    fps: float = opt(25.0, "frames per second")
+    angle: float = opt(0.4, "how far an animation turns to each side, in radians")
+    mesh: bool = opt(False, "coloured triangle mesh of the densities (PLY); needs scikit-image")
+    mesh_resolution: int = opt(192, "points on a side of the grid for the mesh")
+    mesh_level: float = opt(10.0, "density at the mesh's surface, per world unit")
+    points: bool = opt(False, "coloured point cloud of the rendered depth (PLY)")
+    depth: bool = opt(False, "16-bit PNGs of depth: rendered (0 near, 65535 far), and adapted")
+    cameras: bool = opt(False, "figure of the learned camera distribution beside the prior")
+    device: str = opt("auto", "auto takes the GPU if there is one", "auto", "cuda", "cpu")
+
+
+def parse_numbers(text, flag, below):
+    """ "1,5,10-20" -> [1, 5, 10, ..., 20]. UserError, which names the flag, for anything else."""
+    numbers = []
+    for part in text.split(","):
+        span = re.fullmatch(r"(\d{1,10})(?:-(\d{1,10}))?", part)
+        if not span or not int(span[1]) <= int(span[2] or span[1]) < below:
+            raise tdgp.UserError(f"{flag} {text}: must be numbers below {below:,}, as in 1,5,10-20")
+        numbers += range(int(span[1]), int(span[2] or span[1]) + 1)
+    return numbers
+
+
+@dataclasses.dataclass
+class Sample:
+    """What one seed makes of one class."""
+
+    name: str  # what its files begin with
+    w: torch.Tensor  # (1, w_dim), truncated
+    planes: torch.Tensor  # (1, 3, C, T, T)
+    camera: tdgp.Camera  # of 1; the picture is taken by it
+    mean_camera: tdgp.Camera  # of 1, the mean of the class; animations start from it
+    rgb: torch.Tensor  # (1, 3, H, W)
+    depth: torch.Tensor  # (1, 1, H, W) in world units
+
+
+def draw_samples(G, classes, seeds, options):
+    """Yields a Sample for each seed of each class, one at a time: the planes of all would fill the memory."""
+    device = next(G.parameters()).device
+    for label in classes:
+        c = torch.tensor([label], device=device)
+        tdgp.seed_draws(G.cfg.seed, -1, "mean w", 0)
+        many = torch.randn(4096, G.cfg.z_dim).to(device)
+        mean_w = G.mapping(many, c.expand(4096)).mean(0, keepdim=True)
+        mean_camera = tdgp.mean_camera(G, c)
+
+        for seed in seeds:
+            # A seed's draws do not depend on the class. Made on the CPU, they are the same on all devices.
+            tdgp.seed_draws(seed, -1, "sample", 0)
+            z, _, prior = tdgp.draw_latents(G.cfg, 1, torch.zeros(1, dtype=torch.long))
+            z = z.to(device)
+            prior = tdgp.Camera(*(x.to(device) for x in prior))
+
+            w = mean_w.lerp(G.mapping(z, c), options.truncation)
+            camera = G.pose(prior, z, c)
+            planes = G.backbone(w)
+            rgb, depth = G.render(planes, camera, options.resolution)
+            yield Sample(f"class{label:04d}-seed{seed:04d}", w, planes, camera, mean_camera, rgb, depth)
+
+
+def camera_path(kind, start, n, angle):
+    """n cameras of a closed path from `start` (Camera of 1 or n) on, `angle` radians to each side at most."""
+    t = torch.linspace(0, 2 * math.pi, n + 1, device=start.yaw.device)[:-1]
+    up = (1 - t.cos()) / 2  # from 0 to 1 and back
+    yaw = pitch = torch.zeros_like(t)
+    fov = torch.ones_like(t)
+
+    if kind == "orbit":  # an ellipse in front, over the top
+        yaw = t.sin()
+        pitch = -up
+    elif kind == "wiggle":
+        yaw = t.sin() / 2
+        pitch = (2 * t).sin() / 4
+    elif kind == "line":  # sideways, at constant speed
+        yaw = t.sin().asin() * 2 / math.pi
+    elif kind == "zoom":
+        fov = 1 - up / 2
+
+    pitch = (start.pitch + angle * pitch).clamp(0.05, math.pi - 0.05)
+    moved = start._replace(yaw=start.yaw + angle * yaw, pitch=pitch, fov=start.fov * fov)
+    return tdgp.Camera(*(x.expand(n, *x.shape[1:]) for x in moved))
+
+
+def write_walk(G, stops, path, options):
+    """Animation from sample to sample and back to the first.
+    stops (n, w_dim + 6): their w, and the parameters of the mean cameras of their classes"""
+    t = torch.linspace(0, math.pi, options.frames + 1, device=stops.device)[:-1]
+    shares = (1 - t.cos()) / 2  # of a step; slow at the stops
+    way = stops[:, None].lerp(stops.roll(-1, 0)[:, None], shares[:, None])  # (n, frames, w_dim + 6)
+
+    ws, parameters = way.flatten(0, 1).split([G.cfg.w_dim, 6], 1)  # (n frames, w_dim), (n frames, 6)
+    cameras = camera_path(options.video, tdgp.make_camera(parameters), len(ws), options.angle)
+    frames = []
+    for i, w in enumerate(tqdm(ws.split(1), "walk", unit="frame")):
+        views = tdgp.render_views(G, G.backbone(w), tdgp.rows(cameras, i, i + 1), options.resolution, dim=2)
+        frames.append(tdgp.tile(views, 1))
+    write_animation(frames, path, options.fps)
+
+
+def write_animation(frames, path, fps):
+    """PIL images -> path.webp, path.gif and, where there is ffmpeg, path.mp4"""
+    first, *rest = frames
+    for kind in ("webp", "gif"):
+        with tdgp.atomic(f"{path}.{kind}") as tmp:
+            first.save(tmp, kind, save_all=True, append_images=rest, duration=1000 / fps, loop=0, quality=90)
+
+    if shutil.which("ffmpeg"):
+        source = f"-f rawvideo -pix_fmt rgb24 -s {first.width}x{first.height} -r {fps} -i -"
+        command = f"ffmpeg -y -v error {source} -pix_fmt yuv420p -f mp4"
+        raw = b"".join(frame.tobytes() for frame in frames)
+        with tdgp.atomic(f"{path}.mp4") as tmp:
+            done = subprocess.run([*command.split(), tmp], input=raw, capture_output=True)
+            if done.returncode != 0:
+                raise OSError(f"ffmpeg: {done.stderr.decode(errors='replace').strip()}")
+
+
+PLY_HEADER = """ply
+format binary_little_endian 1.0
+element vertex {}
+property float x
+property float y
+property float z
+property uchar red
+property uchar green
+property uchar blue
+element face {}
+property list uchar int vertex_indices
+end_header
+"""
+
+
+def write_ply(path, points, colors, faces=()):
+    """Points (N, 3) in world units, y up; colors (N, 3) in [-1, 1]; faces (M, 3), outwards."""
+    vertex = np.zeros(len(points), [("xyz", "<f4", 3), ("rgb", "u1", 3)])
+    vertex["xyz"] = points
+    vertex["rgb"] = ((np.clip(colors, -1, 1) + 1) * 127.5).round()
+
+    face = np.zeros(len(faces), [("count", "u1"), ("indices", "<i4", 3)])
+    face["count"] = 3
+    face["indices"] = np.reshape(faces, (-1, 3))
+    header = PLY_HEADER.format(len(vertex), len(face))
+    with tdgp.atomic(path) as tmp:
+        tmp.write_bytes(header.encode() + vertex.tobytes() + face.tobytes())
+
+
+def query(G, planes, points):
+    """One scene at points (N, 3) in world units. -> colours (N, 3), densities (N,) per world unit"""
+    fused = G.cfg.fused and tdgp.custom_ops(points.device.type) is not None
+    rgb, sigma_raw = tdgp.query_triplane(planes, points[None], G.cfg.box, G.decoder, fused)
+    return rgb[0], F.softplus(sigma_raw[0])
+
+
+def density_grid(G, planes, camera, n):
+    """Densities where the camera's rays come, between near and far, else 0. -> (n, n, n) by x, y, z, CPU"""
+    cfg = G.cfg
+    line = torch.linspace(-cfg.box, cfg.box, n, device=planes.device)
+    origin = tdgp.cam2world(camera)[:, :3, 3]  # (1, 3)
+    slabs = []
+    for x in line.tolist():
+        points = F.pad(torch.cartesian_prod(line, line), (1, 0), value=x)  # (n², 3)
+        distance = (points - origin).norm(dim=1)  # (n²,)
+        seen = (distance > cfg.near) & (distance < cfg.far)
+        _, density = query(G, planes, points)
+        slabs.append((density * seen).cpu())
+    return torch.stack(slabs).view(n, n, n)
+
+
+def extract_mesh(G, planes, camera, level, n):
+    """Marching cubes over one scene, n points a side, as far as the camera (of 1) sees.
+    -> vertices (V, 3) in world units, colours (V, 3), faces (M, 3), counter-clockwise from outside"""
+    try:
+        from skimage.measure import marching_cubes
+    except ImportError:
+        raise tdgp.UserError("--mesh: needs scikit-image; pip install scikit-image") from None
+
+    density = density_grid(G, planes, camera, n)
+    top = density.max()
+    if not 0 < level < top:
+        raise tdgp.UserError(f"--mesh-level {level:g}: must lie between 0 and the largest density, {top:.3g}")
+    vertices, faces, *_ = marching_cubes(density.numpy(), level, gradient_direction="ascent")
+
+    # Marching cubes counts in cells, from the grid's corner.
+    cell = 2 * G.cfg.box / (n - 1)
+    vertices = (vertices * cell - G.cfg.box).astype(np.float32)
+    parts = torch.from_numpy(vertices).to(planes.device).split(2**16)
+    colors = [query(G, planes, points)[0] for points in parts]
+    return vertices, torch.cat(colors).cpu().numpy(), faces
+
+
+def write_points(s, path):
+    """The pixels of a Sample's picture, at their depth, as a point cloud."""
+    origins, directions = tdgp.camera_rays(s.camera, s.rgb.shape[-1])  # (1, R, 3)
+    points = origins + directions * s.depth.flatten(2).transpose(1, 2)
+    colors = s.rgb.flatten(2).transpose(1, 2)  # (1, R, 3)
+    write_ply(path, points[0].cpu().numpy(), colors[0].cpu().numpy())
+
+
+def write_depth(depth, path):
+    """depth (1, 1, H, W) in [0, 1] -> a 16-bit PNG"""
+    levels = (depth[0, 0].clamp(0, 1) * 65535).round()
+    tdgp.write_image(Image.fromarray(levels.cpu().numpy().astype(np.uint16)), path)
+
+
+def draw_histogram(draw, x, y, values, low, high, color, width):
+    """48 bars of so many pixels, 6 apart, that stand on (x, y); values (N,) between low and high."""
+    shares = values.histc(48, low, high) / len(values)
+    for i, height in enumerate((shares * 1200).clamp(max=140).tolist()):
+        draw.rectangle([x + 6 * i, y - height, x + 6 * i + width, y], color)
+
+
+def write_cameras(G, path, n=16384):
+    """Histograms of each camera parameter over all classes: the prior gray, the posterior blue."""
+    labels = torch.arange(max(G.cfg.num_classes, 1), device=next(G.parameters()).device)
+    z, c, prior = tdgp.draw_latents(G.cfg, n, labels, "cameras")
+    series = (("prior", prior, "#aaaaaa", 5), ("learned", G.pose(prior, z, c), "#2563eb", 3))
+    ranges = tdgp.camera_ranges(G.cfg).tolist()
+
+    image = Image.new("RGB", (960, 480), "white")
+    draw = ImageDraw.Draw(image)
+    font = ImageFont.load_default(14)
+    for i, (name, (low, high)) in enumerate(zip(tdgp.CAMERA_PARAMETERS, ranges, strict=True)):
+        # Three histograms a row; x, y is the lower left corner of the bars.
+        x = 320 * (i % 3) + 16
+        y = 240 * (i // 3) + 210
+        draw.text((x, y - 200), name, "black", font, "la")
+        draw.text((x, y + 4), f"{low:.3g}", "black", font, "la")
+        draw.text((x + 288, y + 4), f"{high:.3g}", "black", font, "ra")
+        for line, (label, camera, color, width) in enumerate(series):
+            p = tdgp.camera_parameters(camera)[:, i].float().cpu()
+            draw_histogram(draw, x, y, p, low, high, color, width)
+            draw.text((x, y - 182 + 18 * line), f"{label} {p.mean():.3g} ± {p.std():.2g}", color, font)
+    tdgp.write_image(image, path)
+
+
+def write_sample(G, s, path, options):
+    """The files of one Sample, but for its animation; their names begin with `path`."""
+    near, far = G.cfg.near, G.cfg.far
+    if options.each:
+        tdgp.write_image(tdgp.tile([tdgp.to_picture(s.rgb[0])], 1), f"{path}.png")
+    if options.mesh:
+        mesh = extract_mesh(G, s.planes, s.camera, options.mesh_level, options.mesh_resolution)
+        write_ply(f"{path}-mesh.ply", *mesh)
+    if options.points:
+        write_points(s, f"{path}-points.ply")
+    if options.depth:
+        write_depth((s.depth - near) / (far - near), f"{path}-depth.png")
+    if options.depth and G.depth_adaptor is not None:
+        write_depth((G.depth_adaptor.adapt(s.depth) + 1) / 2, f"{path}-adapted.png")
+
+
+@torch.no_grad()
+def sample(options):
+    """All that a person wants to look at, from a checkpoint alone."""
+    too_small = options.resolution < 2 and options.resolution != 0
+    if options.frames < 1 or options.fps < 1 or options.mesh_resolution < 2 or too_small:
+        message = "--frames, --fps: must be 1 or more, --mesh-resolution and --resolution 2 or more"
+        raise tdgp.UserError(message)
+
+    G, path, kimg = tdgp.load_generator(options.resume, options.device)
+    options = dataclasses.replace(options, resolution=options.resolution or G.cfg.resolution)
+    seeds = parse_numbers(options.seeds, "--seeds", 2**31)
+    count = max(G.cfg.num_classes, 1)
+    classes = parse_numbers(options.classes or f"0-{min(8, count) - 1}", "--classes", count)
+    out = Path(options.out or path.with_name(f"samples-{kimg:010.3f}"))
+    out.mkdir(parents=True, exist_ok=True)
+
+    # Of each sample only what the files of all need is kept.
+    pictures = []
+    films = []  # lists of frames, RGB beside depth
+    stops = []  # of the walk, (1, w_dim + 6) each
+    samples = draw_samples(G, classes, seeds, options)
+    for s in tqdm(samples, total=len(classes) * len(seeds), unit="sample"):
+        write_sample(G, s, out / s.name, options)
+        pictures.append(tdgp.to_picture(s.rgb[0]))
+        stops.append(torch.cat([s.w, tdgp.camera_parameters(s.mean_camera)], 1))
+        if options.video != "none" and not options.interpolate:
+            cameras = camera_path(options.video, s.mean_camera, options.frames, options.angle)
+            film = tdgp.render_views(G, s.planes, cameras, options.resolution, dim=2)
+            if options.each:
+                frames = [tdgp.tile([frame], 1) for frame in film]
+                write_animation(frames, out / f"{s.name}-{options.video}", options.fps)
+            else:
+                films.append(film)
+
+    if not options.each:
+        tdgp.write_image(tdgp.tile(pictures, len(seeds)), out / "grid.png")
+    if films:
+        frames = [tdgp.tile(cells, len(seeds)) for cells in zip(*films, strict=True)]
+        write_animation(frames, out / options.video, options.fps)
+    if options.interpolate:
+        write_walk(G, torch.cat(stops), out / "walk", options)
+    if options.cameras:
+        write_cameras(G, out / "cameras.png")
+    print(f"written to {out}")
+
+
+def main(argv=None):
+    """-> exit status"""
+
+    def work():
+        given = tdgp.parse_options(SampleOptions, "sample.py", __doc__.splitlines()[0], argv)
+        sample(SampleOptions(**given))
+
+    return tdgp.run_program("sample.py", work)
+
+
+if __name__ == "__main__":
+    tdgp.leave(main())

@@ -144,7 +144,7 @@ class Config:
     # optimisation
     kimg: float = opt(25_000, "length of the run in thousands of images")
     batch_size: int = opt(64, "images per step, over all processes")
-    batch_gpu: int = opt(8, "images per pass (its greatest divisor of a process's share); gradients add up")
+    batch_gpu: int = opt(8, "images per pass at most: each takes gcd(this, a process's share)")
     g_lr: float = opt(0.0025, "generator's learning rate")
     d_lr: float = opt(0.002, "discriminator's learning rate")
     r1_gamma: float = opt(0.05, "weight of R1")
@@ -394,9 +394,11 @@ class ImageData:
 
         if self.source.is_file():
             try:
-                return open_zip(self.source, os.getpid()).namelist()
+                archive = open_zip(self.source, os.getpid())
             except Exception as e:  # zipfile raises many kinds
                 refuse(e)
+            return archive.namelist()
+
         files, seen = [], set()
         for path, folders, members in os.walk(self.source, followlinks=True, onerror=refuse):
             prepared = "prepared.json" in members and Path(path) != self.source  # by lereS_depth.py
@@ -902,6 +904,11 @@ def channels_last(planes):
     return planes.movedim(2, 4).contiguous().movedim(4, 2)
 
 
+def decoder_width(features, cuda):
+    """Input width that custom_ops.cu gives the decoder: its weights for more than `features` are zeros."""
+    return 16 if features <= 16 and not cuda else 32
+
+
 def call_custom_ops(planes, points, box, decoder, *rest):
     """rest: out, grad, grad_planes, grad_points, grad_decoder, or the first of them; empty: none."""
     B, three, C, T, width = planes.shape
@@ -909,11 +916,13 @@ def call_custom_ops(planes, points, box, decoder, *rest):
     call = custom_ops(planes.device.type)
     if call is None:
         raise RuntimeError("triplane: custom_ops.cu does not compile here; use sample_triplane")
-    padded = 16 if C <= 16 and not planes.is_cuda else 32  # as in TriplaneDecoder.packed
-    fits = planes.dtype in QUERY_DTYPES and (three, width) == (3, T) and points.shape[::2] == (B, 3)
-    fits = fits and len(decoder) in (0, (padded + 5) * 64 + 4 if C <= 32 else 0)
+
+    packed = (decoder_width(C, planes.is_cuda) + 5) * 64 + 4  # numbers in TriplaneDecoder.packed()
+    shapes_fit = (three, width) == (3, T) and points.shape[::2] == (B, 3)
+    decoder_fits = len(decoder) == 0 or (C <= 32 and len(decoder) == packed)
     kind = torch.promote_types(planes.dtype, torch.float32), planes.device
-    if not fits or any((t.dtype, t.device) != kind for t in others):
+    kinds_fit = planes.dtype in QUERY_DTYPES and all((t.dtype, t.device) == kind for t in others)
+    if not (shapes_fit and decoder_fits and kinds_fit):
         needs = "planes (B, 3, C, T, T), points (B, N, 3), decoder empty or packed (C <= 32), on one device"
         raise ValueError(f"triplane: needs {needs}; planes float32 or bfloat16, else float32; or all float64")
 
@@ -1210,8 +1219,8 @@ class TriplaneDecoder(nn.Module):
         """All weights in one vector, as custom_ops.cu has them; C <= 32 is padded by zeros to 16 or 32."""
         w1, b1 = self.model[0].effective()
         w2, b2 = self.model[1].effective()
-        width = 16 if w1.shape[1] <= 16 and not w1.is_cuda else 32
-        w1 = F.pad(w1, (0, width - w1.shape[1]))
+        features = w1.shape[1]
+        w1 = F.pad(w1, (0, decoder_width(features, w1.is_cuda) - features))
         return torch.cat([w1.flatten(), b1, w2.flatten(), b2])
 
 

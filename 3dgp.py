@@ -1,9 +1,8 @@
 """3DGP: a 3D GAN for any category, learned from unposed photographs. The whole method in this one file.
 
     python 3dgp.py                              # the `shapes` data, on a CPU or one GPU; downloads nothing
-    python 3dgp.py --data photos/             # your own pictures; lereS_depth.py estimates their depth first
+    python 3dgp.py --data photos/               # your own pictures; lereS_depth.py estimates depth first
     torchrun --nproc_per_node=8 3dgp.py --data imagenet
-    python 3dgp.py --help                       # every option, with its default
 
 Method: Skorokhodov et al., "3D generation on ImageNet", ICLR 2023. The way of one sample from z to the loss:
 
@@ -16,7 +15,8 @@ Method: Skorokhodov et al., "3D generation on ImageNet", ICLR 2023. The way of o
     query_triplane                their features in the planes -> colour and density
     march_rays                    -> RGB and depth of the patch
     DepthAdaptor.forward          rendered depth -> depth as an estimator might have given it
-    blur, Discriminator.forward   RGB and depth, blurred at first -> a score
+    blur_patch                    RGB and depth, blurred at first
+    Discriminator.forward         -> a score
     generator_pass                the score -> the losses of both networks, and their gradients
     discriminator_pass            the same for photographs, with distillation and R1
     training_step                 all of this, then one update of each network and of the moving average
@@ -38,8 +38,8 @@ import json
 import logging
 import math
 import os
-import platform
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -47,7 +47,6 @@ import tempfile
 import time
 import typing
 import zipfile
-import zlib
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -67,10 +66,6 @@ from tqdm import tqdm
 
 class UserError(Exception):
     """A mistake that the user can mend. It is printed as one line, and the exit status is 2."""
-
-
-class MissingDepth(UserError):
-    """A data set of photographs alone."""
 
 
 def opt(default, help, *choices):
@@ -147,13 +142,13 @@ class Config:
     batch_gpu: int = opt(8, "images per pass at most: each takes gcd(this, a process's share)")
     g_lr: float = opt(0.0025, "generator's learning rate")
     d_lr: float = opt(0.002, "discriminator's learning rate")
-    r1_gamma: float = opt(0.05, "weight of R1")
+    r1_gamma: float = opt(0.05, "weight of R1; base, but for imagenet: 0.0002 x resolution² / batch size")
     r1_interval: int = opt(16, "R1 is computed every so many steps")
-    ema_kimg: float = opt(20, "half life of the generator's moving average")
+    ema_kimg: float = opt(20, "half life of the generator's moving average; base: 0.3125 x batch size")
     ema_rampup: float = opt(0.05, "the half life is at most this share of the images seen")
     precision: str = opt("tf32", "arithmetic of the networks; on CPUs tf32 is fp32", "fp32", "tf32", "bf16")
     fused: bool = opt(True, "look points up with custom_ops.cu where it compiles, not by PyTorch alone")
-    guard: str = opt("on", "on divergence (see Guard in the file) go back to a checkpoint", "on", "off")
+    guard: str = opt("on", "on divergence (see GUARD_... in the file) go back to a checkpoint", "on", "off")
     timeout: float = opt(600, "seconds after which a process that does not answer ends the run")
     recoveries: tuple[float, ...] = ()  # kimg of the checkpoints that were gone back to; the guard sets it
 
@@ -191,7 +186,7 @@ PRESETS = {
 }
 DATA_PRESETS = {  # the published data sets; the small ones have a faster camera schedule
     "shapes": dict(preset="tiny"),
-    "imagenet": dict(preset="imagenet", teacher="resnet50"),
+    "imagenet": dict(preset="imagenet", teacher="resnet50", r1_gamma=0.05),
     "dogs": dict(preset="base", teacher="resnet50", camera_reg_kimg=3_000),
     "elephants": dict(preset="base", teacher="resnet50", camera_reg_kimg=3_000),
     "horses": dict(preset="base", teacher="resnet50", camera_reg_kimg=3_000),
@@ -204,30 +199,23 @@ def make_config(given):
     data = DATA_PRESETS.get(given.get("data", "shapes"), {})
     preset = given.get("preset") or data.get("preset", "base")
     values = {**PRESETS[preset], **data, **given, "preset": preset}
+    batch_size = max(1, values.get("batch_size", Config.batch_size))
+    resolution = values.get("resolution", Config.resolution)
+    values.setdefault("r1_gamma", 0.0002 * resolution**2 / batch_size)
+    values.setdefault("ema_kimg", 0.3125 * batch_size)
     if values.get("teacher_weights"):
         values.setdefault("teacher", "tf_efficientnet_lite0")
     return Config(**values)
 
 
-@dataclass(frozen=True)
-class Guard:
-    """What is taken for divergence, by the means over a log interval, and what then happens."""
+# What is taken for divergence, by the means over a log interval, and what then happens.
+GUARD_NONFINITE = 0.01  # more than this share of the gradients is not finite (or a loss is not)
+GUARD_SCORE = 20  # D is saturated: the mean score of reals or fakes is farther than this from 0
+GUARD_STD = 0.1  # all pixels are alike: less than this share of the median deviation before ...
+GUARD_INTERVALS = 8  # ... over so many log intervals
+GUARD_SLOW_KIMG = 200  # after going back the learning rates are halved for so long
+GUARD_TRIES = 5  # the run ends after so many recoveries
 
-    nonfinite: float = 0.01  # more than this share of the gradients is not finite (or a loss is not)
-    score: float = 50  # D is saturated: the mean score of reals or fakes is as far as this from 0
-    loss_g: float = 5  # G's loss is so many times its median over a window ...
-    floor_g: float = 10  # ... and above this
-    r1: float = 10  # R1 is so many times its median ...
-    floor_r1: float = 1  # ... and its term in D's loss is above this
-    fake_std: float = 0.1  # all pixels are alike: less than this share of the median deviation
-    window: int = 32  # log intervals that the median is of
-    least: int = 8  # with fewer nothing is compared
-    slow_kimg: float = 200  # after going back the learning rates are halved for so long
-    tries: int = 3  # the run ends after so many recoveries ...
-    tries_kimg: float = 1000  # ... within so many kimg
-
-
-GUARD = Guard()
 MBSTD_GROUP = 4  # mini-batch standard deviation compares so many images; they share one patch
 
 
@@ -237,7 +225,7 @@ def schedules(cfg, kimg):
     def linear(start, end, over):
         return end if kimg >= over else start + (end - start) * kimg / over
 
-    slow = sum(back <= kimg < back + GUARD.slow_kimg for back in cfg.recoveries)
+    slow = sum(back <= kimg < back + GUARD_SLOW_KIMG for back in cfg.recoveries)
     return dict(
         blur_sigma=linear(cfg.blur_sigma, 0, cfg.blur_kimg),
         patch_beta=linear(*cfg.patch_beta, cfg.patch_kimg),
@@ -255,10 +243,10 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 
 
-def say(text):
+def say(text, file=None):
     """Print once, however many processes there are."""
     if RANK == 0:
-        print(text, flush=True)
+        print(text, file=file, flush=True)
 
 
 def train_seed(cfg):
@@ -274,16 +262,12 @@ def seed_draws(seed, step, phase, number):
 
 
 @contextlib.contextmanager
-def atomic(path, durable=False):
-    """Write to a temporary file that takes the name `path` only when all went well; durable: and is on disk.
-    A full disk or a missing right is a UserError; what was there before is then untouched."""
+def atomic(path):
+    """Write to a temporary file that takes the name `path` only when all went well. Full disk: UserError."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        if durable:
-            with open(temporary, "rb") as f:
-                os.fsync(f.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # the latter is how torch reports a full disk
         reason = getattr(e, "strerror", None) or str(e).partition("\n")[0]
@@ -304,8 +288,7 @@ def load_tensors(path, flag, **kind):
 
 # ---- Data --------------------------------------------------------------------------------------------------
 # A folder or zip of images, or `shapes`, which the program draws itself. An item is a dict of one image:
-# `image` uint8 (3, R, R); `depth` float32 (1, R, R) in [-1, 1], larger is farther; `label`; and `bad`: names
-# of unreadable files that were met on the way.
+# `image` uint8 (3, R, R); `depth` float32 (1, R, R) in [-1, 1], larger is farther; and `label`.
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
@@ -322,24 +305,11 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-def crop_resize(image, resolution, filter):
-    """The largest centred square of a PIL image, resized."""
-    return PIL.ImageOps.fit(image, (resolution, resolution), filter)
-
-
 def read_depth(png):
-    """Depth from the bytes of a PNG of any bit depth. -> float32 (H, W)"""
-    # PIL cuts 16 bits of gray and alpha to 8. Declared as RGBA of 8 bits, with a new checksum of the header,
-    # the same bytes arrive whole: the high and the low byte of gray, then those of alpha.
-    wide = png.startswith(b"\x89PNG\r\n\x1a\n") and png[24:26] == b"\x10\x04"
-    if wide:
-        header = png[12:24] + b"\x08\x06" + png[26:29]
-        png = png[:12] + header + zlib.crc32(header).to_bytes(4, "big") + png[33:]
+    """Depth from the bytes of a gray PNG of 8 or 16 bits. -> float32 (H, W)"""
     with PIL.Image.open(io.BytesIO(png)) as image:
-        depth = np.atleast_3d(image.convert("L") if image.mode == "P" else image).astype(np.float32)
-    if wide:
-        return depth[..., 0] * 256 + depth[..., 1]
-    return depth[..., 0]
+        depth = np.atleast_3d(image.convert("L") if image.mode == "P" else image)  # (H, W, 1 or more)
+    return depth[..., 0].astype(np.float32)
 
 
 def depth_name(name):
@@ -355,31 +325,29 @@ def open_zip(path, pid):
 
 class ImageData:
     """Images of a folder or zip: flat, a folder per class, or with dataset.json; depth in `<name>_depth.png`.
-    The item of an unreadable image is the next readable one. A wrong layout is a UserError."""
-
-    MAX_BAD_RUN = 100  # after so many unreadable images in a row the search for a readable one ends
+    The item of an unreadable image is the next readable one; a line names it. A UserError are a wrong layout,
+    and 100 images in a row that are unreadable."""
 
     def __init__(self, cfg, source):
         self.source = Path(source)
+        self.unreadable = set()  # names that were met
         self.resolution = cfg.resolution
         self.use_depth = cfg.depth != "none"
         files = self.list_files()
 
-        # Hidden files are none of ours, nor is depth.png beside prepared.json: lereS_depth.py shows its work.
-        prepared = [f.removesuffix("prepared.json") for f in files if Path(f).name == "prepared.json"]
-        sheets = {folder + "depth.png" for folder in prepared}
-        images = [f for f in sorted(set(files) - sheets) if Path(f).suffix.lower() in IMAGE_SUFFIXES]
-        images = [f for f in images if not any(part.startswith((".", "__MACOSX")) for part in Path(f).parts)]
+        # Hidden files are none of ours. A map is never a photograph, nor is all_depth.png of lereS_depth.py.
+        images = [f for f in sorted(files) if Path(f).suffix.lower() in IMAGE_SUFFIXES]
+        images = [f for f in images if not re.search(r"(^|/)(\.[^/]|__MACOSX)", f)]
         depths = {f for f in images if f.endswith("_depth.png")}
         self.names = [f for f in images if f not in depths]
         if not self.names:
-            looked_for = " ".join(sorted(IMAGE_SUFFIXES))
-            raise UserError(f"--data {source}: no images in it (looked for {looked_for})")
+            raise UserError(f"--data {source}: no images in it, of {' '.join(sorted(IMAGE_SUFFIXES))}")
+
         missing = [name for name in self.names if depth_name(name) not in depths]
-        if missing and self.use_depth:
-            kind = MissingDepth if len(missing) == len(self.names) else UserError
+        self.has_depth = len(missing) < len(self.names)
+        if self.use_depth and self.has_depth and missing:
             what = f"{len(missing)} of {len(self.names)} images have no depth, the first is {missing[0]}"
-            raise kind(f"--data {source}: {what}; make it by lereS_depth.py, or train with --depth none")
+            raise UserError(f"--data {source}: {what}; make it by lereS_depth.py, or train with --depth none")
         self.labels = self.read_labels(files)  # int64 (N,), empty without classes
         self.num_classes = int(self.labels.max(initial=-1)) + 1
 
@@ -410,9 +378,8 @@ class ImageData:
         return files
 
     def read_labels(self, files):
-        """Class of every image, by dataset.json or the first-level folders. A folder that holds everything,
-        as archives often have at their top, does not count."""
-        top = os.path.commonpath([os.path.dirname(name) for name in self.names])
+        """Class of every image, by dataset.json or the first-level folders. -> int64 (N,), or empty"""
+        top = os.path.commonpath([os.path.dirname(name) for name in self.names])  # archives have one folder
         listings = [f for f in ("dataset.json", os.path.join(top, "dataset.json")) if f in files]
         if listings:
             table = self.read_listing(listings[0])
@@ -423,8 +390,7 @@ class ImageData:
             table = {name: number[parts[0]] for name, parts in folders.items() if parts}
         unlabelled = [name for name in self.names if name not in table]
         if table and unlabelled:
-            remedy = "name it in dataset.json" if listings else "move it into the folder of its class"
-            what = f"no label for {len(unlabelled)} images, the first is {unlabelled[0]} ({remedy})"
+            what = f"{len(unlabelled)} images are in no class's folder or dataset.json, first {unlabelled[0]}"
             raise UserError(f"--data {self.source}: {what}")
         return np.array([table[name] for name in self.names if table], np.int64)
 
@@ -440,27 +406,21 @@ class ImageData:
             form = '{"labels": [["file", class], ...]}'
             raise UserError(f"--data {self.source}: dataset.json is not of the form {form} ({e})") from None
 
-    def read(self, name, tries=3):
-        """The bytes of one file. Drives fail now and then: after an OSError it is tried again."""
-        try:
-            if self.source.is_dir():
-                return (self.source / name).read_bytes()
-            return open_zip(self.source, os.getpid()).read(name)
-        except OSError as e:
-            if tries == 1 or isinstance(e, FileNotFoundError):
-                raise
-        open_zip.cache_clear()
-        time.sleep(0.3)
-        return self.read(name, tries - 1)
+    def read(self, name):
+        """The bytes of one file."""
+        if self.source.is_dir():
+            return (self.source / name).read_bytes()
+        return open_zip(self.source, os.getpid()).read(name)
 
     def decode(self, i):
         """-> {image, and depth if it is wanted} of photograph i; raises whatever PIL does"""
+        size = self.resolution, self.resolution
         with PIL.Image.open(io.BytesIO(self.read(self.names[i]))) as image:
-            pixels = np.asarray(crop_resize(to_rgb(image), self.resolution, PIL.Image.LANCZOS))
+            pixels = np.asarray(PIL.ImageOps.fit(to_rgb(image), size, PIL.Image.LANCZOS))
         item = dict(image=torch.from_numpy(pixels.transpose(2, 0, 1).copy()))
         if self.use_depth:
             depth = PIL.Image.fromarray(read_depth(self.read(depth_name(self.names[i]))))
-            depth = np.asarray(crop_resize(depth, self.resolution, PIL.Image.BILINEAR))
+            depth = np.asarray(PIL.ImageOps.fit(depth, size, PIL.Image.BILINEAR))
             if not np.isfinite(depth).all():
                 raise ValueError("depth is not finite")
             depth = 2 * (depth - depth.min()) / max(depth.max() - depth.min(), 1e-6) - 1
@@ -468,16 +428,16 @@ class ImageData:
         return item
 
     def __getitem__(self, i):
-        bad = []
-        while len(bad) < min(self.MAX_BAD_RUN, len(self)):
+        for _ in range(100):
             try:
-                label = int(self.labels[i]) if self.num_classes else 0
-                return dict(self.decode(i), label=label, bad=bad)
-            except Exception:  # decoders of damaged files raise anything
-                bad.append(self.names[i])
+                return dict(self.decode(i), label=int(self.labels[i]) if self.num_classes else 0)
+            except Exception as e:  # decoders of damaged files raise anything
+                name = self.names[i]
+                if name not in self.unreadable:
+                    print(f"skipped, unreadable: {name} ({e})", file=sys.stderr, flush=True)
+                self.unreadable.add(name)
                 i = (i + 1) % len(self)
-        self.MAX_BAD_RUN = 1  # the run ends: the rest of the batch need not be waited for
-        return dict(bad=bad)
+        raise UserError(f"--data {self.source}: 100 images in a row are unreadable or gone; mend the data")
 
 
 SOLIDS = ("sphere", "box", "cylinder", "cone", "torus", "capsule", "octahedron", "snowman")
@@ -485,32 +445,29 @@ SOLIDS = ("sphere", "box", "cylinder", "cone", "torus", "capsule", "octahedron",
 
 def signed_distance(solid, points):
     """How far points (N, 3), y up, are outside a solid of about unit size that stands on y = -1. -> (N,)"""
-
-    def length(*coordinates):
-        return np.sqrt(sum(c * c for c in coordinates))
-
     x, y, z = points.T
+    from_axis = np.hypot(x, z)
     if solid == "sphere":
-        return length(x, y, z) - 1
+        return np.hypot(from_axis, y) - 1
     if solid == "box":
         return np.maximum(np.maximum(abs(x), abs(z)) - 0.75, abs(y) - 1)
     if solid == "cylinder":
-        return np.maximum(length(x, z) - 0.7, abs(y) - 1)
+        return np.maximum(from_axis - 1, abs(y + 0.5) - 0.5)
     if solid == "cone":
-        return np.maximum(0.9 * (length(x, z) - 0.48 * (1 - y)), -1 - y)
+        return np.maximum(0.9 * (from_axis - 0.48 * (1 - y)), -1 - y)
     if solid == "torus":
-        return length(length(x, y) - 0.68, z) - 0.32
+        return np.hypot(np.hypot(x, y) - 0.68, z) - 0.32
     if solid == "capsule":
-        return length(x, y - y.clip(-0.5, 0.5), z) - 0.5
+        return np.hypot(from_axis, y - y.clip(-0.5, 0.5)) - 0.5
     if solid == "octahedron":
-        return (abs(x) + abs(y) + abs(z) - 1.1) * 0.577
-    return np.minimum(length(x, y + 0.4, z) - 0.6, length(x, y - 0.45, z) - 0.45)  # snowman
+        return (abs(x) + abs(y) + abs(z) - 1) * 0.577
+    return np.minimum(np.hypot(from_axis, y + 0.4) - 0.6, np.hypot(from_axis, y - 0.45) - 0.45)  # snowman
 
 
 class ShapesData:
     """Solids on checkered ground under a sky, from cameras whose distribution is known. Item i is a function
-    of i alone, and has true_depth float32 (1, R, R) in world units (sky: cfg.far) and camera float32 (6,) in
-    the order of CAMERA_PARAMETERS. Estimated depth is the true one to some power, with a smooth error."""
+    of i alone, and has true_depth float32 (1, R, R) in world units (sky: cfg.far) and camera float32 (6,),
+    the `camera_parameters`. Estimated depth is the true one to some power, with a smooth error."""
 
     GROUND = -0.11  # its height
     num_classes = len(SOLIDS)
@@ -527,7 +484,8 @@ class ShapesData:
 
     def true_camera(self, rng, label):
         """What the camera generator must find, narrower than the prior, fov by class. -> float32 (6,)"""
-        yaw, pitch = rng.normal(0, 0.35), rng.normal(math.pi / 2 - 0.25, 0.1)
+        yaw = rng.normal(0, 0.35)
+        pitch = min(rng.normal(math.pi / 2 - 0.25, 0.1), math.pi / 2)
         fov = 17 + 2 * label + rng.normal(0, 0.5)
         look_at = rng.normal(0, 0.6), rng.normal(math.pi / 2, 0.3), rng.uniform(0, 0.06)
         return np.array([yaw, pitch, fov, *look_at], np.float32)
@@ -538,87 +496,72 @@ class ShapesData:
         camera = torch.from_numpy(self.true_camera(rng, label))  # (6,)
         finer = 2 if self.resolution <= 64 else 1  # rays a pixel and direction: small pictures are smooth
         origins, rays = camera_rays(make_camera(camera[None]), self.resolution * finer)
-        origin = origins[0, 0].numpy()  # (3,)
-        rays = rays[0].numpy()  # (N, 3)
-
-        size = rng.uniform(0.065, 0.095)
-        center = np.array([rng.uniform(-0.05, 0.05), self.GROUND + size, rng.uniform(-0.05, 0.05)])
-        color, depth = self.draw_ground(origin, rays, center, size)
-        self.draw_solid(rng, label, origin, rays, center, size, color, depth)
+        color, depth = self.draw(rng, label, float(camera[2]), origins[0, 0].numpy(), rays[0].numpy())
 
         grid = self.resolution, finer, self.resolution, finer
         image = color.reshape(*grid, 3).mean((1, 3)).clip(0, 1)  # (R, R, 3)
         image = torch.from_numpy((image.transpose(2, 0, 1) * 255).round().astype(np.uint8))
-        depth = depth.reshape(grid).mean((1, 3))  # (R, R)
-        true_depth = torch.from_numpy(depth[None].astype(np.float32))
-        item = dict(image=image, label=label, true_depth=true_depth, camera=camera, bad=[])
+        depth = torch.from_numpy(depth.reshape(grid).mean((1, 3)))[None]  # (1, R, R)
+        item = dict(image=image, label=label, true_depth=depth.float(), camera=camera)
         if self.use_depth:
             item["depth"] = self.estimate(rng, depth)
         return item
 
-    def draw_ground(self, origin, rays, center, size):
-        """The sky, and on it checkered ground out to `far`, with a shadow. -> color (N, 3), depth (N,)"""
-        up = np.clip(rays[:, 1:2] * 1.5 + 0.75, 0, 1)
-        color = (1 - up) * np.array([0.78, 0.86, 0.93]) + up * np.array([0.36, 0.55, 0.85])
-        depth = (self.GROUND - origin[1]) / np.minimum(rays[:, 1], -1e-6)
-        on = np.flatnonzero(depth < self.far)
-        t = depth[on, None]
-        xz = (origin + t * rays[on])[:, [0, 2]]
-        checkers = np.floor(xz / 0.1).sum(1, keepdims=True) % 2
-        ground = (0.42 + 0.3 * checkers) * np.array([1.0, 0.93, 0.82])
-        shadow = 0.55 * np.exp(-((xz - center[[0, 2]]) ** 2).sum(1) / size**2)
-        ground = ground * (1 - shadow)[:, None]
-        fog = np.clip((t - 1.1) / (self.far - 1.1), 0, 1) ** 2
-        color[on] = (1 - fog) * ground + fog * color[on]
-        return color, np.minimum(depth, self.far)
-
-    def draw_solid(self, rng, label, origin, rays, center, size, color, depth):
-        """Draws the solid, turned about the vertical, into color (N, 3) and depth (N,)."""
-        angle = rng.uniform(0, 2 * math.pi)
+    def draw(self, rng, label, fov, origin, rays):
+        """What rays (N, 3) from origin (3,) meet -> color (N, 3) in [0, 1], depth (N,) in world units"""
+        # About half as high as the picture, and turned about the vertical; a torus shows its hole.
+        size = 0.5 * math.tan(math.radians(fov / 2)) * rng.uniform(0.85, 1.15)
+        center = np.array([rng.uniform(-0.05, 0.05), self.GROUND + size, rng.uniform(-0.05, 0.05)])
+        solid = SOLIDS[label]
+        angle = rng.uniform(-1, 1) * (0.6 if solid == "torus" else math.pi)
         sin, cos = math.sin(angle), math.cos(angle)
         turn = np.array([[cos, 0, sin], [0, 1, 0], [-sin, 0, cos]])
-        origin = turn @ (origin - center) / size  # in the solid's own frame, in units of its size
-        rays = (rays @ turn.T).astype(np.float64)
-        distance_to = functools.partial(signed_distance, SOLIDS[label])
 
-        # Sphere tracing of the rays that meet the solid's bounding ball, from there on.
-        middle = -(rays @ origin)
-        gap = 1.5**2 - (origin @ origin - middle**2)
-        hit = np.flatnonzero(gap > 0)
-        t = middle[hit] - np.sqrt(gap[hit])
-        for _ in range(32):
-            distance = distance_to(origin + t[:, None] * rays[hit])
+        # Checkered ground with a shadow, in fog that at `far` is the sky.
+        up = np.clip(rays[:, 1:2] * 1.5 + 0.75, 0, 1)
+        sky = (1 - up) * np.array([0.78, 0.86, 0.93]) + up * np.array([0.36, 0.55, 0.85])
+        depth = np.minimum((self.GROUND - origin[1]) / np.minimum(rays[:, 1], -1e-6), self.far)
+        xz = origin[::2] + depth[:, None] * rays[:, ::2]
+        checkers = np.floor(xz / 0.1).sum(1, keepdims=True) % 2
+        shadow = np.exp(-((xz - center[::2]) ** 2).sum(1, keepdims=True) / size**2)
+        ground = (0.42 + 0.3 * checkers) * (1 - 0.55 * shadow) * np.array([1.0, 0.93, 0.82])
+        fog = np.clip((depth[:, None] - 1.1) / (self.far - 1.1), 0, 1) ** 2
+        color = fog * sky + (1 - fog) * ground
+
+        # Sphere tracing, in the solid's own frame and in units of its size.
+        start = turn @ (origin - center) / size
+        along = (rays @ turn.T).astype(np.float64)
+        t = np.full(len(rays), 0.5 / size)
+        for _ in range(24):
+            points = start + t[:, None] * along
+            distance = signed_distance(solid, points)
             t = t + distance
-        on = (distance < 0.02) & (t * size < depth[hit])
-        hit, t = hit[on], t[on]
-        points = origin + t[:, None] * rays[hit]
+        hit = (distance < 0.02) & (t * size < depth)
+        points = points[hit]
+        depth[hit] = t[hit] * size
 
         # Shading by the normal, from central differences.
-        normal = np.stack([distance_to(points + e) - distance_to(points - e) for e in 1e-3 * np.eye(3)], 1)
-        normal = normal / np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-9)
-        shade = 0.4 + 0.6 * np.maximum(normal @ (turn @ np.array([0, 0.8, 0.6])), 0)
+        steps = 1e-3 * np.eye(3)
+        slopes = [signed_distance(solid, points + s) - signed_distance(solid, points - s) for s in steps]
+        light = turn @ np.array([0, 0.8, 0.6])
+        shade = 0.4 + 0.6 * np.maximum(light @ slopes / 2e-3, 0)
 
-        # A hue near the class's own, in bands (even classes) or sectors (odd ones) of two tones.
+        # A hue near the class's own, in bands of two tones.
         hue = label / len(SOLIDS) + rng.normal(0, 0.02)
-        value, saturation = rng.uniform(0.75, 1), rng.uniform(0.7, 0.95)
         pure = np.clip(abs((hue * 6 + np.array([3, 1, 5])) % 6 - 3) - 1, 0, 1)  # the hue as RGB
-        rgb = value * (1 - saturation * pure)
-        bands = np.sin(7 * points[:, 1] + 1)
-        sectors = np.sin(3 * np.arctan2(points[:, 2], points[:, 0]))
-        tone = np.where((sectors if label % 2 else bands) > 0, 1.0, 0.55)
-        color[hit] = rgb * (shade * tone)[:, None]
-        depth[hit] = t * size
+        tone = np.where(np.sin(7 * points[:, 1] + 1) > 0, 1.0, 0.55)
+        color[hit] = (shade * tone)[:, None] * (1 - rng.uniform(0.7, 0.95) * pure)
+        return color, depth
 
     def estimate(self, rng, depth):
-        """What a monocular estimator might say. True depth (R, R) -> float32 (1, R, R) in [-1, 1]"""
+        """What a monocular estimator might say. True depth (1, R, R) -> float32 (1, R, R) in [-1, 1]"""
         k, R = self.distortion, self.resolution
         pad = R // 8
         power = 1 + k * (rng.uniform(0.5, 1.1) - 1)
         d = ((depth - depth.min()) / max(depth.max() - depth.min(), 1e-6)) ** power
-        waves = np.outer([1, 2], np.linspace(0, math.pi, R)) + rng.uniform(0, 2 * math.pi, (2, 1))
-        u, v = np.cos(waves)
-        d = torch.from_numpy(d + k * 0.04 * (u[:, None] * u + v[:, None] * v))  # a smooth error
-        d = F.pad(d[None, None], (pad, pad, pad, pad), mode="replicate")
+        error = torch.from_numpy(rng.normal(0, 0.04 * k, (1, 1, 4, 4)))
+        d = d + F.interpolate(error, (R, R), mode="bicubic", align_corners=True)  # (1, 1, R, R)
+        d = F.pad(d, (pad, pad, pad, pad), mode="replicate")
         d = blur(d, k * R / 64)[0, :, pad:-pad, pad:-pad]
         return (2 * (d - d.min()) / max(d.max() - d.min(), 1e-6) - 1).float()
 
@@ -630,24 +573,20 @@ def stop_with_parent():
 
 
 def open_data(cfg):
-    """The data set that cfg.data names. Photographs without depth are prepared by lereS_depth.py, once, where
-    every process of the run does a share."""
+    """The data set that cfg.data names; photographs without depth as lereS_depth.py prepares them, once."""
     if cfg.data == "shapes":
         return ShapesData(cfg)
     root = Path(os.environ.get("DATA_DIR", "data"))
-    places = [root / cfg.data, root / f"{cfg.data}.zip"] if cfg.data in DATA_PRESETS else [Path(cfg.data)]
-    found = [place for place in places if place.exists()]
-    if not found:
-        what = f"no such file or folder ({' or '.join(map(str, places))})"
-        known = ", ".join(DATA_PRESETS)
-        raise UserError(f"--data {cfg.data}: {what}; give a path, or one of {known}, looked for in DATA_DIR")
-    try:
-        return ImageData(cfg, found[0])
-    except MissingDepth:
-        source = found[0].resolve()
+    source = root / cfg.data if cfg.data in DATA_PRESETS else Path(cfg.data)
+    source = source if source.exists() else Path(f"{source}.zip")
+    if not source.exists():
+        what = f"no such file or folder ({source.with_suffix('')})"
+        raise UserError(f"--data {cfg.data}: {what}; give a path, or in DATA_DIR {', '.join(DATA_PRESETS)}")
+    data = ImageData(cfg, source)
+    if data.has_depth or cfg.depth == "none":
+        return data
 
-    if cfg.depth_weights and not Path(cfg.depth_weights).is_file():
-        raise UserError(f"--depth-weights {cfg.depth_weights}: no such file; or train with --depth none")
+    source = source.resolve()
     place = hashlib.sha256(str(source).encode()).hexdigest()[:8]
     target = root / f"{source.stem}-{cfg.resolution}-{place}"
     say(f"{cfg.data}: photographs without depth; prepared, once, in {target}")
@@ -660,21 +599,8 @@ def open_data(cfg):
     return ImageData(cfg, target)
 
 
-def collate(items):
-    """Stack what can be stacked; where an item has failed, only the names of unreadable files go on."""
-    bad = [name for item in items for name in item["bad"]]
-    if not all("image" in item for item in items):
-        return dict(bad=bad)
-    names = [key for key in items[0] if key != "bad"]
-    stacked = {key: torch.stack([torch.as_tensor(item[key]) for item in items]) for key in names}
-    return dict(stacked, bad=bad)
-
-
 def real_images(batch, device):
     """A batch as the discriminator sees it: RGB and depth, if any. -> (B, 3 or 4, R, R) in [-1, 1]"""
-    if "image" not in batch:
-        bad = batch["bad"]
-        raise UserError(f"--data: {len(set(bad))} images in a row are unreadable or gone, first {bad[0]}")
     rgb = batch["image"].to(device, non_blocking=True).float() / 127.5 - 1
     if "depth" not in batch:
         return rgb
@@ -722,15 +648,16 @@ def start_worker(_):
 
 
 def load_batches(data, cfg, indices):
-    """Batches of the data and its mirror image; indices: a list for each. A worker that dies, or is silent
-    for a tenth of --timeout, 10 seconds at least, is a UserError."""
-    how = dict(batch_sampler=indices, collate_fn=collate, worker_init_fn=start_worker)
-    how.update(num_workers=cfg.workers, timeout=max(10, cfg.timeout / 10) * bool(cfg.workers))
+    """Batches of the data and its mirror image; indices: a list for each. Workers that fail: UserError."""
+    how = dict(batch_sampler=indices, worker_init_fn=start_worker, num_workers=cfg.workers)
+    how.update(timeout=max(10, cfg.timeout / 10) * bool(cfg.workers))
     how.update(pin_memory=cfg.device != "cpu" and torch.cuda.is_available())
     try:
         batches = iter(torch.utils.data.DataLoader(MirroredData(data), **how))
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's own would raise in the middle of a step
         yield from batches
+    except UserError as e:  # of a worker, with a traceback in front
+        raise UserError(str(e).rpartition("UserError: ")[2].strip()) from None
     except (RuntimeError, OSError, EOFError) as e:
         reason = str(e).partition("\n")[0]
         raise UserError(f"--data: data workers fail: {reason}; the run goes on with --resume auto") from None
@@ -751,9 +678,7 @@ def one_hot(c, num_classes, dtype):
     return F.one_hot(c, num_classes).to(dtype) if num_classes else None
 
 
-def leaky_relu(x):
-    return F.leaky_relu(x, 0.2)
-
+leaky_relu = functools.partial(F.leaky_relu, negative_slope=0.2)
 
 # A gain keeps the variance behind an activation. It commutes with leaky ReLU: in the weights it is free.
 GAIN = {leaky_relu: math.sqrt(2), F.softplus: 1.0, None: 1.0}
@@ -812,13 +737,10 @@ def fir_filter(x, padding, gain=1.0, stride=1):
 
 
 def upsample(x):
-    """Factor 2: zeros between pixels, then the FIR with gain 4, in one step: an output pixel is 3/4 of its
-    nearest input pixel and 1/4 of the next one, in both directions. (B, C, H, W) -> (B, C, 2H, 2W)"""
-    for dim in (2, 3):
-        wide = F.pad(x, (0, 0, 1, 1) if dim == 2 else (1, 1))
-        before, after = (wide.narrow(dim, first, x.shape[dim]) for first in (0, 2))
-        x = torch.stack([x.lerp(before, 0.25), x.lerp(after, 0.25)], dim + 1).flatten(dim, dim + 1)
-    return x
+    """Factor 2: zeros between pixels, then the FIR with gain 4. An output pixel is 3/4 of its nearest input
+    pixel and 1/4 of the next one, in both directions: bilinear. (B, C, H, W) -> (B, C, 2H, 2W)"""
+    x = F.pad(x, (1, 1, 1, 1))
+    return F.interpolate(x, scale_factor=2, mode="bilinear")[..., 2:-2, 2:-2]
 
 
 def sample_triplane(planes, points, box):
@@ -830,17 +752,14 @@ def sample_triplane(planes, points, box):
     return features.unflatten(0, (-1, 3)).mean(1).squeeze(2).transpose(1, 2)  # (B, N, C)
 
 
-def compile_custom_ops(device_type, tell):
+def compile_custom_ops(device_type):
     """Compiles custom_ops.cu for this GPU or processor, once for each source and flags. -> the library"""
-    # It would warn of machines without a GPU.
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns where no GPU is
     from torch.utils import cpp_extension
 
     if device_type == "cuda":
-        number = "{}{}".format(*torch.cuda.get_device_capability())
-        target = f"sm_{number}"
-        flags = ["-O3", f"-gencode=arch=compute_{number},code={target}"]
-        options = dict(extra_cuda_cflags=flags, with_cuda=True)
+        target = "sm_{}{}".format(*torch.cuda.get_device_capability())
+        options = dict(extra_cuda_cflags=["-O3", f"-arch={target}"], with_cuda=True)
     else:
         target = torch.backends.cpu.get_cpu_capability()
         vector = {"AVX2": ["-mavx2", "-mfma"], "AVX512": ["-mavx512f", "-mavx512vl", "-mfma"]}.get(target, [])
@@ -848,55 +767,35 @@ def compile_custom_ops(device_type, tell):
         flags = ["-x", "c++", "-O3", "-fopenmp", *loose, *vector]
         options = dict(extra_cflags=flags, extra_ldflags=["-fopenmp"], with_cuda=False)
     source = Path(__file__).with_name("custom_ops.cu")
-    key = repr((source.read_bytes(), flags, torch.version.cuda, platform.machine())).encode()
+    key = repr((source.read_bytes(), options, torch.version.cuda)).encode()
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
     library = root / f"3dgp-triplane-{target}-{hashlib.sha256(key).hexdigest()[:16]}.so"
     if not library.exists():
-        tell(f"compiling custom_ops.cu for {target}, once:", end=" ")
-        start = time.time()
+        say(f"compiling custom_ops.cu for {target}, once", sys.stderr)
         root.mkdir(parents=True, exist_ok=True)
         # In a folder of its own, then moved: who is killed leaves neither a lock nor half a library.
         with tempfile.TemporaryDirectory(dir=root, ignore_cleanup_errors=True) as folder:
             options.update(build_directory=folder, is_python_module=False)
-            cpp_extension.load(library.stem, [str(source)], **options)
+            cpp_extension.load(library.stem, str(source), **options)
             os.replace(Path(folder, library.name), library)
-        tell(f"{time.time() - start:.0f} s")
     return library
-
-
-QUERY_DTYPES = [torch.float32, torch.bfloat16, torch.float64]  # of the planes, as custom_ops.cu counts them
 
 
 @functools.cache
 def custom_ops(device_type):
-    """-> what calls custom_ops.cu on "cuda" or "cpu"; None where it does not compile: a line says why"""
-
-    def tell(text, end="\n"):
-        if LOCAL_RANK == 0:
-            print(text, end=end, file=sys.stderr, flush=True)
-
-    def call(dtype, size, tensors, box, context):
-        sizes = (ctypes.c_int64 * 8)(*size)
-        pointers = (ctypes.c_void_p * 8)(*(None if t is None else t.data_ptr() for t in tensors))
-        kind = QUERY_DTYPES.index(dtype)
-        error = function(kind, sizes, pointers, ctypes.c_double(box), ctypes.c_int64(context))
-        if error:
-            raise RuntimeError(f"custom_ops.cu: {error.decode()}")
-
+    """-> `triplane` of custom_ops.cu for "cuda" or "cpu"; None where it does not compile: a line says why"""
     if device_type not in ("cuda", "cpu"):
         return None
     try:
-        function = ctypes.CDLL(str(compile_custom_ops(device_type, tell))).triplane
-        function.restype = ctypes.c_char_p
-        x = torch.zeros(4, device=device_type)  # try it: a driver may be too old for what compiles
-        call(torch.float32, [1] * 8, [x, x, None, x], 1.0, 0 if device_type == "cuda" else 1)
-        return call
-    except (
-        Exception
-    ) as e:  # no compiler, no ninja, nowhere to write, a build that fails: the plain path serves
+        function = ctypes.CDLL(str(compile_custom_ops(device_type))).triplane
+    except Exception as e:  # no compiler, no ninja, nowhere to write, a build that fails
         lines = str(e).splitlines() or [type(e).__name__]
         reason = max(lines, key=lambda line: "error:" in line or "not found" in line)  # the first that tells
-        tell(f"custom_ops.cu is not used but PyTorch's own operators, with the same results: {reason}")
+        what = "custom_ops.cu is not used but PyTorch's own operators, with the same results"
+        say(f"{what}: {reason}", sys.stderr)
+        return None
+    function.restype = ctypes.c_char_p
+    return function
 
 
 def channels_last(planes):
@@ -904,40 +803,36 @@ def channels_last(planes):
     return planes.movedim(2, 4).contiguous().movedim(4, 2)
 
 
-def decoder_width(features, cuda):
-    """Input width that custom_ops.cu gives the decoder: its weights for more than `features` are zeros."""
-    return 16 if features <= 16 and not cuda else 32
-
-
 def call_custom_ops(planes, points, box, decoder, *rest):
     """rest: out, grad, grad_planes, grad_points, grad_decoder, or the first of them; empty: none."""
     B, three, C, T, width = planes.shape
     others = points, decoder, *rest
-    call = custom_ops(planes.device.type)
-    if call is None:
-        raise RuntimeError("triplane: custom_ops.cu does not compile here; use sample_triplane")
-
-    packed = (decoder_width(C, planes.is_cuda) + 5) * 64 + 4  # numbers in TriplaneDecoder.packed()
-    shapes_fit = (three, width) == (3, T) and points.shape[::2] == (B, 3)
-    decoder_fits = len(decoder) == 0 or (C <= 32 and len(decoder) == packed)
+    dtypes = [torch.float32, torch.bfloat16, torch.float64]  # of the planes, as custom_ops.cu counts them
     kind = torch.promote_types(planes.dtype, torch.float32), planes.device
-    kinds_fit = planes.dtype in QUERY_DTYPES and all((t.dtype, t.device) == kind for t in others)
-    if not (shapes_fit and decoder_fits and kinds_fit):
+    packed = ((32 if planes.is_cuda or C > 16 else 16) + 5) * 64 + 4  # numbers in TriplaneDecoder.packed()
+    shapes_fit = (three, width) == (3, T) and points.shape[::2] == (B, 3)
+    shapes_fit = shapes_fit and (len(decoder) == 0 or (C <= 32 and len(decoder) == packed))
+    if not (shapes_fit and planes.dtype in dtypes and all((t.dtype, t.device) == kind for t in others)):
         needs = "planes (B, 3, C, T, T), points (B, N, 3), decoder empty or packed (C <= 32), on one device"
         raise ValueError(f"triplane: needs {needs}; planes float32 or bfloat16, else float32; or all float64")
 
     planes = planes if planes.stride(2) == 1 else channels_last(planes)
-    size = [B, points.shape[1], C, T, *(planes.stride(i) for i in (0, 1, 3, 4))]
     tensors = [planes, *(t.contiguous() for t in others)]
+    sizes = B, points.shape[1], C, T, *(planes.stride(i) for i in (0, 1, 3, 4))
+    sizes = (ctypes.c_int64 * 8)(*sizes)
+    pointers = (ctypes.c_void_p * 8)(*(t.data_ptr() for t in tensors))
     with torch.cuda.device_of(planes):  # does nothing on a CPU
         context = torch.cuda.current_stream().cuda_stream if planes.is_cuda else torch.get_num_threads()
-        call(planes.dtype, size, tensors, box, context)
+        numbers = ctypes.c_double(box), ctypes.c_int64(context)
+        error = custom_ops(planes.device.type)(dtypes.index(planes.dtype), sizes, pointers, *numbers)
+    if error:
+        raise RuntimeError(f"custom_ops.cu: {error.decode()}; --no-fused does without it")
 
 
 class Triplane(torch.autograd.Function):
     """`sample_triplane`, or with `TriplaneDecoder.packed()` (C <= 32; empty: none) its result (B, N, 4).
     planes (B, 3, C, T, T) float32 or bfloat16, fast if `channels_last`; points (B, N, 3), decoder float32; on
-    a CPU all may be float64. All on one device. Gradients to all three. What does not fit is a ValueError."""
+    a CPU all may be float64. Gradients, first ones, to all three; on a GPU their last digits vary."""
 
     @staticmethod
     def forward(ctx, planes, points, box, decoder):
@@ -952,11 +847,6 @@ class Triplane(torch.autograd.Function):
         planes, points, decoder = ctx.saved_tensors
         if torch.is_grad_enabled():
             raise RuntimeError("triplane: has no second derivatives; use sample_triplane, or --no-fused")
-        strict = not torch.is_deterministic_algorithms_warn_only_enabled()
-        if grad.is_cuda and torch.are_deterministic_algorithms_enabled() and strict:
-            raise RuntimeError(
-                "triplane: gradients are not deterministic on a GPU; allow it by warn_only=True"
-            )
         shapes = planes.movedim(2, 4).shape, points.shape, decoder.shape
         grad_planes, grad_points, grad_decoder = grads = [points.new_zeros(shape) for shape in shapes]
         call_custom_ops(planes, points, ctx.box, decoder, points.new_empty(0), grad, *grads)
@@ -979,8 +869,10 @@ class Camera(typing.NamedTuple):
     yaw: torch.Tensor  # (B,) radians
     pitch: torch.Tensor  # (B,) radians; the horizon is pi/2
     fov: torch.Tensor  # (B,) degrees
-    radius: torch.Tensor  # (B,) world units
-    look_at: torch.Tensor  # (B, 3) yaw, pitch, radius of the point looked at
+    look_at_yaw: torch.Tensor  # (B,) where the point looked at lies, in radians
+    look_at_pitch: torch.Tensor  # (B,) radians
+    look_at_radius: torch.Tensor  # (B,) world units
+    radius: torch.Tensor  # (B,) of the sphere, in world units
 
 
 class Patch(typing.NamedTuple):
@@ -990,24 +882,19 @@ class Patch(typing.NamedTuple):
     offset: torch.Tensor  # (B, 2) of its left and bottom, in [0, 1 - scale]
 
 
-def rows(t, start, stop=None):
-    """Rows start to stop, or those whose indices `start` holds, of every tensor in a named tuple."""
-    index = start if stop is None else slice(start, stop)
+def rows(t, index):
+    """The rows of an index, as a slice, of every tensor in a named tuple."""
     return type(t)(*(x[index] for x in t))
 
 
-CAMERA_PARAMETERS = ("yaw", "pitch", "fov", "look_at_yaw", "look_at_pitch", "look_at_radius")
-
-
 def camera_parameters(camera):
-    """The six free parameters, in the order of CAMERA_PARAMETERS. -> (B, 6)"""
-    return torch.cat([torch.stack([camera.yaw, camera.pitch, camera.fov], 1), camera.look_at], 1)
+    """The six free parameters: all but the radius, which is 1. -> (B, 6)"""
+    return torch.stack(camera[:6], 1)
 
 
-def make_camera(parameters, radius=None):
-    """The inverse: (B, 6) and radius (B,), 1 unless given -> Camera"""
-    yaw, pitch, fov = parameters[:, :3].unbind(1)
-    return Camera(yaw, pitch, fov, torch.ones_like(yaw) if radius is None else radius, parameters[:, 3:])
+def make_camera(parameters):
+    """The inverse: (B, 6) -> Camera"""
+    return Camera(*parameters.unbind(1), radius=torch.ones_like(parameters[:, 0]))
 
 
 def camera_ranges(cfg, device="cpu"):
@@ -1035,7 +922,7 @@ def spherical_to_cartesian(yaw, pitch, radius):
 def cam2world(camera):
     """Camera-to-world matrices; the camera looks along its own -z, x is right, y is up. -> (B, 4, 4)"""
     origin = spherical_to_cartesian(camera.yaw, camera.pitch, camera.radius)  # (B, 3)
-    look_at = spherical_to_cartesian(*camera.look_at.unbind(1))  # (B, 3)
+    look_at = spherical_to_cartesian(camera.look_at_yaw, camera.look_at_pitch, camera.look_at_radius)
     forward = F.normalize(look_at - origin, dim=1)  # (B, 3)
     left = F.normalize(torch.linalg.cross(origin.new_tensor([[0.0, 1.0, 0.0]]), forward), dim=1)
     up = F.normalize(torch.linalg.cross(forward, left), dim=1)
@@ -1112,7 +999,6 @@ class CameraGenerator(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.num_classes = cfg.num_classes
-        self.pitch_range = (cfg.prior_pitch[0] + 1e-5, cfg.prior_pitch[1] - 1e-5)
         self.register_buffer("ranges", camera_ranges(cfg), persistent=False)
         self.origin_adaptor = CameraAdaptor(4, 0, cfg.num_classes, 4, cfg.camera_lr_mult)
         self.look_at_adaptor = CameraAdaptor(8, cfg.z_dim, cfg.num_classes, 4, cfg.camera_lr_mult)
@@ -1133,9 +1019,10 @@ class CameraGenerator(nn.Module):
         look_at = self.look_at_adaptor(seen, z, c)  # (B, 4)
 
         # Roll stays 0 and the radius is the prior's, so two of the origin's four outputs are dropped.
-        posterior = torch.cat([origin[:, :2], look_at], 1).sigmoid() * (high - low) + low  # (B, 6)
-        camera = make_camera(posterior, prior.radius)
-        return camera._replace(pitch=camera.pitch.clamp(*self.pitch_range))
+        margin = low.new_tensor([0, 1e-5, 0, 0, 0, 0])  # pitch stays inside its range
+        share = torch.cat([origin[:, :2], look_at], 1).sigmoid()  # (B, 6)
+        posterior = low + margin + share * (high - low - 2 * margin)  # (B, 6)
+        return make_camera(posterior)._replace(radius=prior.radius)
 
 
 def emd_1d(a, b):
@@ -1146,7 +1033,7 @@ def emd_1d(a, b):
 def camera_gradient_penalty(camera_generator, prior, z, c):
     """The paper's regulariser: |g| + 1 / (|g| + 1e-4), g = d posterior_i / d prior_i, mean -> (6,)"""
     parameters = camera_parameters(prior).detach().requires_grad_()
-    posterior = camera_parameters(camera_generator(make_camera(parameters, prior.radius), z, c))
+    posterior = camera_parameters(camera_generator(make_camera(parameters), z, c))
     diagonal = []
     for i in range(6):
         (g,) = torch.autograd.grad(posterior[:, i].sum(), parameters, create_graph=True)
@@ -1189,17 +1076,20 @@ def importance_depths(depths, weights, u):
     return bin_below + (u - cdf_below) / step * (bin_above - bin_below)
 
 
-def ray_weights(sigma_raw, depths, density_scale=1.0):
+def ray_weights(sigma_raw, depths, cut=False):
     """Weights of the samples; sigma_raw is the density before its softplus. (..., S), (..., S) -> (..., S)"""
+    sigma = F.softplus(sigma_raw)
+    if cut:  # densities below the median of all are 0
+        sigma = sigma * (sigma >= sigma.median())
     delta = F.pad(depths.diff(dim=-1), (0, 1), value=1e10)  # (..., S)
-    alpha = 1 - torch.exp(-density_scale * delta * F.softplus(sigma_raw))
+    alpha = 1 - torch.exp(-delta * sigma)
     transmittance = F.pad(1 - alpha[..., :-1] + 1e-10, (1, 0), value=1.0).cumprod(-1)
     return alpha * transmittance
 
 
-def march_rays(rgb, sigma_raw, depths):
+def march_rays(rgb, sigma_raw, depths, cut=False):
     """rgb (..., S, 3), sigma_raw, sorted depths (..., S) -> rgb (..., 3), depth (...), weights (..., S)"""
-    weights = ray_weights(sigma_raw, depths)  # (..., S)
+    weights = ray_weights(sigma_raw, depths, cut)  # (..., S)
     return (weights[..., None] * rgb).sum(-2), (weights * depths).sum(-1), weights
 
 
@@ -1220,7 +1110,8 @@ class TriplaneDecoder(nn.Module):
         w1, b1 = self.model[0].effective()
         w2, b2 = self.model[1].effective()
         features = w1.shape[1]
-        w1 = F.pad(w1, (0, decoder_width(features, w1.is_cuda) - features))
+        width = 32 if w1.is_cuda or features > 16 else 16
+        w1 = F.pad(w1, (0, width - features))
         return torch.cat([w1.flatten(), b1, w2.flatten(), b2])
 
 
@@ -1346,11 +1237,11 @@ class TriplaneBackbone(nn.ModuleDict):
             self[f"b{r}"] = SynthesisBlock(before, channels(cfg, r), cfg.w_dim, r, 3 * cfg.triplane_features)
 
     def forward(self, w, noise="const"):
-        """w (B, w_dim); noise "const", "random" or "none" -> planes (B, 3, C, T, T)"""
+        """w (B, w_dim); noise "const", "random" or "none" -> planes (B, 3, C, T, T), `channels_last`"""
         x = planes = None
         for block in self.values():
             x, planes = block(x, planes, w, noise)
-        return planes.unflatten(1, (3, -1))
+        return channels_last(planes.unflatten(1, (3, -1)))
 
 
 class DepthAdaptor(nn.Module):
@@ -1365,17 +1256,10 @@ class DepthAdaptor(nn.Module):
         self.layers = nn.ModuleList(Conv2d(i, width, 5, leaky_relu) for i in (1, width, width))
         self.head = Conv2d(width, 1, 1)
 
-    def near_offset(self):
-        """How far the learned near plane lies beyond `near`, in world units, in (0, (far - near) / 4)."""
-        return self.near_plane_offset_raw.sigmoid() * 0.25 * (self.far - self.near)
-
-    def normalize(self, depth):
-        near = self.near + self.near_offset()
-        return 2 * (depth - (near + self.far) / 2) / (self.far - near)
-
     def candidates(self, depth):
         """depth (B, 1, H, W) in world units -> (4, B, 1, H, W), from un-adapted to most adapted."""
-        x = [self.normalize(depth)]
+        near = self.near + self.near_plane_offset_raw.sigmoid() * 0.25 * (self.far - self.near)
+        x = [2 * (depth - (near + self.far) / 2) / (self.far - near)]
         for layer in self.layers:
             x.append(layer(x[-1]))
         return torch.stack([x[0], *map(self.head, x[1:])])
@@ -1385,19 +1269,8 @@ class DepthAdaptor(nn.Module):
         return self.candidates(depth)[self.level]
 
     def forward(self, depth, choice):
-        """depth (B, 1, H, W), candidate of each sample int64 (B,), on the CPU -> (B, 1, H, W). A layer sees
-        only the samples that go on to it."""
-        x = self.normalize(depth)
-        remaining = torch.arange(len(choice), device=choice.device)  # the samples that x holds
-        out, order = [], []
-        for level in range(4):
-            stops = choice[remaining] == level
-            out.append(self.head(x[stops]) if level else x[stops])
-            order.append(remaining[stops])
-            if level < 3:
-                x = self.layers[level](x[~stops])
-                remaining = remaining[~stops]
-        return torch.cat(out)[torch.cat(order).argsort()]  # candidates(depth)[choice], sample by sample
+        """depth (B, 1, H, W), candidate of each sample int64 (B,) -> (B, 1, H, W)"""
+        return self.candidates(depth)[choice, torch.arange(len(choice))]
 
 
 def sample_adaptor_choice(cfg, n, kimg):
@@ -1447,15 +1320,15 @@ class Generator(nn.Module):
             sigma_raw = sigma_raw + self.density_noise * torch.randn_like(sigma_raw)
         return rgb.view(*depths.shape, 3), sigma_raw.view(depths.shape)
 
-    def sample_rays(self, planes, origins, directions):
+    def sample_rays(self, planes, origins, directions, cut=False):
         """Samples on rays (B, R, 3), in order -> rgb (B, R, S, 3), sigma_raw (B, R, S), depths (B, R, S)"""
         cfg, random, device = self.cfg, self.training, planes.device
         shape = directions.shape[:2]
         coarse = stratified_depths(cfg.near, cfg.far, shape, cfg.coarse_samples, random, device)
         rgb, sigma = self.query(planes, origins, directions, coarse)  # (B, R, S, 3), (B, R, S)
 
-        # Twice the density sharpens the importance weights: the reference vectors have it so.
-        weights = ray_weights(sigma, coarse, density_scale=2.0)  # (B, R, S)
+        # Where the fine samples are taken is decided with distances in units of far - near.
+        weights = ray_weights(sigma, (coarse - cfg.near) / (cfg.far - cfg.near), cut)  # (B, R, S)
         u = (torch.arange(cfg.fine_samples, device=device) + 0.5) / cfg.fine_samples
         u = torch.rand(*shape, len(u), device=device) if random else u.expand(*shape, -1)
         fine = importance_depths(coarse, weights, u)  # (B, R, K)
@@ -1467,23 +1340,18 @@ class Generator(nn.Module):
 
     def render(self, planes, camera, resolution, patch=None, chunk=2**14, cut=False):
         """planes (B, 3, C, T, T), a Camera and, maybe, a Patch of B -> rgb (B, 3, H, W), depth (B, 1, H, W)
-        Evaluation: `chunk` rays at a time, to bound memory. cut: densities below an image's median are 0."""
+        Evaluation: `chunk` rays at a time, to bound memory. cut: all, and densities below the median are 0"""
         B = len(planes)
-        if self.cfg.fused and custom_ops(planes.device.type):
-            planes = channels_last(planes)
         origins, directions = camera_rays(camera, resolution, patch)  # (B, R, 3)
-        size = origins.shape[1] if self.training else max(1, chunk // B)
-        rays = zip(origins.split(size, 1), directions.split(size, 1), strict=True)
-        samples = (self.sample_rays(planes, *part) for part in rays)  # one part at a time; cut needs all
-        if cut:
-            samples = list(samples)
-            sigmas = torch.cat([sigma.flatten(1) for _, sigma, _ in samples], 1)
-            median = sigmas.median(1).values[:, None, None]  # (B, 1, 1)
-            samples = [(rgb, sigma.masked_fill(sigma < median, -math.inf), t) for rgb, sigma, t in samples]
-        marched = [march_rays(*part)[:2] for part in samples]  # without the weights, which take memory
-        rgb, depth = (torch.cat(parts, 1) for parts in zip(*marched, strict=True))  # (B, R, 3), (B, R)
+        size = origins.shape[1] if self.training or cut else max(1, chunk // B)
+        image, depth = [], []
+        for part in zip(origins.split(size, 1), directions.split(size, 1), strict=True):
+            samples = self.sample_rays(planes, *part, cut)
+            rgb, distance, _ = march_rays(*samples, cut)  # (B, size, 3), (B, size)
+            image.append(rgb)
+            depth.append(distance)
         shape = (B, -1, resolution, resolution)
-        return rgb.transpose(1, 2).reshape(shape), depth.reshape(shape)
+        return torch.cat(image, 1).transpose(1, 2).reshape(shape), torch.cat(depth, 1).reshape(shape)
 
 
 def draw_latents(cfg, n, labels, phase=""):
@@ -1495,14 +1363,6 @@ def draw_latents(cfg, n, labels, phase=""):
     if cfg.num_classes:
         c = labels[torch.randint(len(labels), (n,), device=z.device)]
     return z, c, sample_camera_prior(cfg, n, z.device)
-
-
-def mean_camera(G, c, draws=64):
-    """The mean of the posterior cameras of each class in c (B,). -> Camera of B"""
-    z, _, prior = draw_latents(G.cfg, draws, c, "mean camera")  # the same draws for all
-    many = Camera(*(x.repeat(len(c), *[1] * (x.ndim - 1)) for x in prior))
-    posterior = G.pose(many, z.repeat(len(c), 1), c.repeat_interleave(draws))
-    return Camera(*(x.view(len(c), draws, *x.shape[1:]).mean(1) for x in posterior))
 
 
 def autocast(cfg, device):
@@ -1640,20 +1500,15 @@ class Teacher(nn.Module):
         super().__init__()
         import timm  # only who distils needs it; its import takes seconds
 
-        if not timm.is_model(name):
-            raise UserError(f"{name}: timm has no model of that name; see timm.list_models()")
+        state = load_tensors(weights, f"weights of {name}:") if weights else None
         try:
             self.model = timm.create_model(name, pretrained=not weights)
-        except Exception as e:  # timm and the hub raise many kinds
-            what = f"its weights could not be downloaded ({type(e).__name__})"
-            raise UserError(f"{name}: {what}; give a local file, by --teacher-weights FILE") from None
-        if weights:
-            state = load_tensors(weights, f"weights of {name}:")
-            try:
+            if weights:
                 self.model.load_state_dict(state)
-            except Exception as e:  # of another model, or no state dict at all
-                reason = " ".join(str(e).split())[:200]
-                raise UserError(f"{weights}: not weights of {name}: {reason}") from None
+        except Exception as e:  # timm and the hub raise many kinds
+            reason = " ".join(str(e).split())[:200] or type(e).__name__
+            remedy = "name a model of timm.list_models(), and by --teacher-weights a file of its weights"
+            raise UserError(f"teacher {name} {weights}: {reason}; {remedy}") from None
         self.eval().requires_grad_(False)
 
         data = timm.data.resolve_model_data_config(self.model)
@@ -1674,17 +1529,23 @@ class Teacher(nn.Module):
 # softplus(score) for what should not, stands in generator_pass and discriminator_pass.
 
 
-def blur(image, sigma):
-    """Separable blur with taps 2^-(x / sigma)², |x| <= floor(3 sigma), zero padding. -> the same shape"""
+def blur(image, sigma, spread=None):
+    """Separable blur: taps 2^-(x / spread)², |x| <= floor(3 sigma), zero padding; spread: else sigma."""
     if 3 * sigma < 1:
         return image
     radius = math.floor(3 * sigma)
     C = image.shape[1]
     x = torch.arange(-radius, radius + 1, device=image.device)  # (2 radius + 1,)
-    taps = (2.0 ** -(x / sigma).square()).to(image.dtype)
+    taps = (2.0 ** -(x / (spread or sigma)).square()).to(image.dtype)
     taps = (taps / taps.sum()).expand(C, 1, -1)  # (C, 1, 2 radius + 1)
     image = F.conv2d(image, taps[:, :, None], padding=(0, radius), groups=C)
     return F.conv2d(image, taps[:, :, :, None], padding=(radius, 0), groups=C)
+
+
+def blur_patch(image, sigma):
+    """What D sees while the blur is on: depth is blurred a second time, nearly by a box. -> the same shape"""
+    rgb, *depth = blur(image, sigma).split(3, 1)
+    return torch.cat([rgb, *(blur(d, sigma, spread=30) for d in depth)], 1)
 
 
 def r1_penalty(score, image):
@@ -1693,11 +1554,11 @@ def r1_penalty(score, image):
     return gradient.square().sum((1, 2, 3))
 
 
-def camera_regularizer(G, labels, kimg):
+def camera_regularizer(G, kimg):
     """Keeps the camera posterior from collapsing (paper section 3.2) -> loss, {name: (6,) or scalar}"""
-    cfg = G.cfg
-    ranges = camera_ranges(cfg, labels.device)  # (6, 2)
-    z, c, prior = draw_latents(cfg, 256, labels)  # (256, z_dim), (256,), Camera of 256
+    cfg, ranges = G.cfg, G.camera_generator.ranges  # (6, 2)
+    every_class = torch.arange(cfg.num_classes, device=ranges.device)  # alike, whatever their frequencies
+    z, c, prior = draw_latents(cfg, 256, every_class)  # (256, z_dim), (256,), Camera of 256
     parameters = camera_parameters(G.camera_generator(prior, z, c))  # (256, 6)
 
     # The mean direction stays in the middle of the prior.
@@ -1705,9 +1566,9 @@ def camera_regularizer(G, labels, kimg):
     loss = cfg.camera_center * center
 
     # Each parameter keeps some of the prior's spread. 64 of the samples are enough for that.
-    few = rows(prior, 0, 64)  # Camera of 64
+    few = rows(prior, slice(64))  # Camera of 64
     emd = emd_1d(camera_parameters(few), parameters[:64])  # (6,) in squared radians or degrees
-    weights = torch.tensor(cfg.camera_reg_weights, device=labels.device)[[0, 1, 2, 3, 3, 3]]  # 3: look-at
+    weights = ranges.new_tensor(cfg.camera_reg_weights)[[0, 1, 2, 3, 3, 3]]  # 3: look-at
     penalty = emd
     if cfg.camera_reg == "grad":
         penalty = camera_gradient_penalty(G.camera_generator, few, z[:64], c[:64])
@@ -1716,15 +1577,14 @@ def camera_regularizer(G, labels, kimg):
     if cfg.camera_reg != "none":
         loss = loss + schedules(cfg, kimg)["camera_reg_weight"] * (weights * penalty).sum()
 
-    parameters = parameters.detach()
-    log = dict(camera_reg=loss.detach(), camera_center=center.detach(), camera_emd=emd.detach())
+    log = dict(camera_reg=loss, camera_center=center, camera_emd=emd)
     return loss, dict(log, camera_mean=parameters.mean(0), camera_std=parameters.std(0))
 
 
 # ---- Metrics -----------------------------------------------------------------------------------------------
 # What the paper measures: FID and Inception Score, by the features of a network, and its Non-Flatness Score.
 # Any number of processes share the images and get the same numbers. Those of another network than Inception
-# have other names, fd and score, and carry the network's.
+# carry its name: fid2k[area8].
 
 
 def frechet_distance(a, b):
@@ -1762,9 +1622,8 @@ def area8(image):
     return F.adaptive_avg_pool2d(image, 8).flatten(1)
 
 
-INCEPTION = (
-    "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
-)
+METRICS_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/"
+INCEPTION = "inception-2015-12-05"
 
 
 class Detector:
@@ -1772,53 +1631,49 @@ class Detector:
     name: "inception" (downloaded once), a TorchScript file that is called as that one is, or "area8"."""
 
     def __init__(self, name, device):
-        self.net, self.label = area8, "area8"  # its numbers carry the label
-        self.width = None  # all of the features
+        self.net = self.width = None  # all features count
+        self.label = "[area8]"  # what stands behind the names of metrics
         if name == "area8":
             return
-        folder = Path(torch.hub.get_dir(), "checkpoints")
-        path = folder / Path(INCEPTION).name if name == "inception" else Path(name)
-        self.label = "" if path.stem == Path(INCEPTION).stem else path.stem
+        url = f"{METRICS_URL}{INCEPTION}.pt"
+        cached = Path(torch.hub.get_dir(), "checkpoints", f"{INCEPTION}.pt")
+        path = cached if name == "inception" else Path(name)
         try:
-            if name == "inception" and not path.exists():
-                folder.mkdir(parents=True, exist_ok=True)
-                torch.hub.download_url_to_file(INCEPTION, str(path), progress=RANK == 0)
+            if path == cached and not cached.exists():
+                cached.parent.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(url, str(cached), progress=RANK == 0)
             self.net = torch.jit.load(path, map_location=device).eval()
-            self.width = self(torch.zeros(1, 3, 64, 64, device=device), classes=False).shape[1]
+            image = torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=device)
+            self.width = self.net(image, return_features=True).shape[1]
         except Exception as e:  # urllib and torch raise anything
             what = f"{path} is not there, or not TorchScript in the field's format ({type(e).__name__})"
-            remedy = f"fetch {INCEPTION} and give it by --detector FILE, or take --detector area8"
+            remedy = f"fetch {url} and give it by --detector FILE, or take --detector area8"
             raise UserError(f"--detector {name}: {what}; {remedy}") from None
+        self.label = "" if path.stem == INCEPTION else f"[{path.stem}]"
 
     @torch.no_grad()
-    def __call__(self, image, classes=True):
-        if self.net is area8:
+    def __call__(self, image):
+        if self.net is None:
             return area8(image)
         image = (image[:, :3] * 127.5 + 128).clamp(0, 255).byte()
         features = self.net(image, return_features=True).float()
-        return torch.cat([features, self.net(image, no_output_bias=True).float()], 1) if classes else features
+        return torch.cat([features, self.net(image, no_output_bias=True).float()], 1)
 
 
 def parse_metrics(text, kinds=("fid", "is", "nfs")):
     """ "fid50k,nfs256" -> [("fid", "50k", 50000), ("nfs", "256", 256)]. Below 10k, k is 1,024."""
     metrics = []
     for item in filter(None, text.split(",")):
-        found = re.fullmatch(rf"({'|'.join(kinds)})(\d{{1,6}})(k?)", item)
-        n = int(found[2]) if found else 0
-        n *= (1024 if n < 10 else 1000) if found and found[3] else 1
-        if n < 8:
+        found = re.fullmatch(rf"({'|'.join(kinds)})([89]|[1-9]\d{{1,5}}|[1-9]\d{{0,2}}k)", item)
+        if not found:
             known = f"{', '.join(kinds[:-1])} or {kinds[-1]}"
             raise UserError(f"--metrics {item}: must be {known} and a number from 8 on, as in fid50k")
-        metrics.append((found[1], found[2] + found[3], n))
+        kind, count = found.groups()
+        n = int(count.removesuffix("k"))
+        if count.endswith("k"):
+            n *= 1024 if n < 10 else 1000
+        metrics.append((kind, count, n))
     return metrics
-
-
-def metric_name(kind, count, label):
-    """fid50k; with another network than Inception fd50k[its label]."""
-    if kind == "nfs" or not label:
-        return f"{kind}{count}"
-    other = {"fid": "fd", "kid": "kd", "is": "score"}.get(kind, kind)
-    return f"{other}{count}[{label}]"
 
 
 def mean_over_processes(t):
@@ -1829,12 +1684,11 @@ def mean_over_processes(t):
     return t
 
 
-def own_batches(items, cfg, desc):
-    """This process's share of items, a tensor or array, in small parts, with a progress bar."""
-    own = items[RANK * len(items) // WORLD : (RANK + 1) * len(items) // WORLD]
-    n = max(1, min(16, 2**18 // cfg.resolution**2))
-    parts = [own[first : first + n] for first in range(0, len(own), n)]
-    return tqdm(parts, desc, unit="batch", disable=RANK > 0, leave=False)
+def own_batches(n, desc):
+    """0 to n - 1 in batches of 4: those of this process, with a progress bar. -> arrays of numbers"""
+    batches = [np.arange(first, min(first + 4, n)) for first in range(0, n, 4)]
+    own = batches[RANK * len(batches) // WORLD : (RANK + 1) * len(batches) // WORLD]
+    return tqdm(own, desc, unit="batch", disable=RANK > 0, leave=False)
 
 
 def gather(parts):
@@ -1852,36 +1706,43 @@ def running_gaussian(parts):
     for x in parts:
         y = F.pad(x.double(), (1, 0), value=1.0)
         total = total + y.t() @ y  # with a one in front: count, sums and sums of products
+    everyone = [torch.as_tensor(total).cpu()] * WORLD  # 0 of a process that has none
     if WORLD > 1:
-        dist.all_reduce(total)
+        dist.all_gather_object(everyone, everyone[RANK])
+    total = sum(everyone)
     n, mean = total[0, 0], total[0, 1:] / total[0, 0]
-    cov = (total[1:, 1:] - n * torch.outer(mean, mean)) / (n - 1)
-    return mean.cpu(), cov.cpu()
+    return mean, (total[1:, 1:] - n * torch.outer(mean, mean)) / (n - 1)
 
 
 def real_parts(cfg, data, detector, device, reals):
     """Features (B, F) of this process's share of the data and its mirror image, or of `reals` fixed ones."""
     total = len(data) * (2 if cfg.mirror else 1)
     order = np.random.default_rng(0).permutation(total)[: reals or total]
-    for batch in load_batches(data, cfg, own_batches(order, cfg, "measuring data")):
+    batches = (order[i] for i in own_batches(len(order), "measuring data"))
+    for batch in load_batches(data, cfg, batches):
         yield detector(real_images(batch, device))
 
 
 @torch.no_grad()
 def measure_samples(G, labels, detector, n, n_flat):
-    """Features of n samples, from their own cameras -> (n, F); non-flatness scores of the first n_flat, from
-    the middle of the posterior, without thin fog -> (n_flat,)"""
+    """Features of n samples (n, F); non-flatness scores of n_flat, from in front and without fog (n_flat,)"""
     cfg = G.cfg
     z, c, prior = draw_latents(cfg, max(n, n_flat), labels, "evaluate")
+    front = prior._replace(yaw=0 * prior.yaw, pitch=0 * prior.pitch + math.pi / 2)
+
+    def render(i, prior, cut):
+        """Noise inputs are random, and a function of what is drawn alone."""
+        seed_draws(cfg.seed, -1, "noise", int(i[0]))
+        planes = G.backbone(G.mapping(z[i], c[i]), noise="random")
+        return G.render(planes, G.pose(rows(prior, i), z[i], c[i]), cfg.resolution, cut=cut)
+
     features, scores = [], []
-    for i in own_batches(torch.arange(n, device=z.device), cfg, "measuring samples"):
-        camera = G.pose(rows(prior, i), z[i], c[i])
-        image, depth = G.render(G.backbone(G.mapping(z[i], c[i])), camera, cfg.resolution)
+    for i in own_batches(n, "measuring samples"):
+        image, depth = render(i, prior, cut=False)
         adapted = [G.depth_adaptor.adapt(depth)] if G.depth_adaptor else []
         features.append(detector(torch.cat([image, *adapted], 1)))
-    for i in own_batches(torch.arange(n_flat, device=z.device), cfg, "measuring depth"):
-        planes = G.backbone(G.mapping(z[i], c[i]))
-        _, depth = G.render(planes, mean_camera(G, c[i]), cfg.resolution, cut=True)
+    for i in own_batches(n_flat, "measuring depth"):
+        _, depth = render(i, front, cut=True)
         scores.append(non_flatness_score(depth, cfg.near, cfg.far)[:, None])
     return gather(features), gather(scores).flatten()
 
@@ -1895,15 +1756,14 @@ def evaluate(G, labels, metrics, detector, reals):
     fake, flat = measure_samples(G, labels, detector, n, n_flat)
     result = {}
     for kind, count, n in wanted:
-        name = metric_name(kind, count, detector and detector.label)
         if kind == "nfs":
-            result[name] = float(flat[:n].mean())
+            result[f"nfs{count}"] = float(flat[:n].mean())
         elif kind == "is":
-            result[name] = inception_score(fake[:n, detector.width :])
+            result[f"is{count}{detector.label}"] = inception_score(fake[:n, detector.width :])
         else:
             w = slice(detector.width)
-            mean, cov = reals
-            result[name] = frechet_distance((mean[w], cov[w, w]), gaussian(fake[:n, w]))
+            distance = frechet_distance((reals[0][w], reals[1][w, w]), gaussian(fake[:n, w]))
+            result[f"fid{count}{detector.label}"] = distance
     return result
 
 
@@ -1965,7 +1825,7 @@ def build(cfg, device):
 
 
 class Averages:
-    """Running means of what is logged, over steps and processes. Every process must add the same names."""
+    """Means of what is logged, over steps and processes. Every process must add the same names."""
 
     def __init__(self):
         self.values = {}
@@ -1978,22 +1838,21 @@ class Averages:
         """-> {name: number or list}, and begins anew"""
         means = {}
         for name in sorted(self.values):
-            means[name] = torch.stack([x.to(device) for x in self.values[name]]).mean(0)
+            mean = torch.stack([x.to(device) for x in self.values[name]]).mean(0)
+            means[name] = mean_over_processes(mean).tolist()
         self.values = {}
-        flat = mean_over_processes(torch.cat([x.flatten() for x in means.values()]))
-        parts = flat.split([x.numel() for x in means.values()])
-        return {k: part.view_as(means[k]).tolist() for k, part in zip(means, parts, strict=True)}
+        return means
 
 
 def generator_pass(run, patch, number, weight, stats):
     """Gradients of G, and of D on what G makes: one pass of each network serves both losses. weight: the
     share of the process's images; the pass's number tells its draws from others'. -> sum of w (w_dim,)"""
-    cfg, adaptor = run.cfg, run.G.depth_adaptor
+    cfg = run.cfg
     seed_draws(train_seed(cfg), run.step, "generator", number)
     z, c, prior = draw_latents(cfg, len(patch.scale), run.labels)  # (B, z_dim), (B,), Camera of B
     choice = sample_adaptor_choice(cfg, len(z), run.kimg)  # (B,)
     image, w = synthesize(run.G, z, c, prior, choice, patch)  # (B, 3 or 4, P, P), (B, w_dim)
-    image = blur(image, schedules(cfg, run.kimg)["blur_sigma"])
+    image = blur_patch(image, schedules(cfg, run.kimg)["blur_sigma"])
 
     # D's graph begins at the image, so that D's own loss does not reach G.
     seen = image.detach().requires_grad_()
@@ -2006,8 +1865,6 @@ def generator_pass(run, patch, number, weight, stats):
     image.backward(grad)
 
     stats.add(loss_g=loss_g, loss_d_fake=loss_d, score_fake=score.mean(), fake_std=seen.std())
-    if adaptor is not None:
-        stats.add(depth_choice=F.one_hot(choice, 4).float().mean(0), near_offset=adaptor.near_offset().mean())
     return w.detach().sum(0)
 
 
@@ -2017,9 +1874,10 @@ def discriminator_pass(run, real, c, patch, scale_mean, weight, stats):
     cfg = run.cfg
     r1_due = run.step % cfg.r1_interval == 0
     now = schedules(cfg, run.kimg)
-    image = blur(extract_patch(real, patch, cfg.patch_resolution), now["blur_sigma"]).requires_grad_(r1_due)
+    image = extract_patch(real, patch, cfg.patch_resolution).requires_grad_(r1_due)  # (B, 3 or 4, P, P)
+    seen = blur_patch(image, now["blur_sigma"])
     with contextlib.nullcontext() if r1_due else autocast(cfg, real.device):  # no double backward in bf16
-        score, predicted = run.D(image, c, patch)  # (B,), (B, teacher_dim)
+        score, predicted = run.D(seen, c, patch)  # (B,), (B, teacher_dim)
     loss = loss_real = F.softplus(-score).mean()
 
     if run.teacher is not None and cfg.kd_weight > 0:
@@ -2036,41 +1894,22 @@ def discriminator_pass(run, real, c, patch, scale_mean, weight, stats):
     stats.add(loss_d_real=loss_real, score_real=score.mean())
 
 
-def start_average(module, extra):
-    """Begins to average a module's gradients (none counts as 0) and another tensor over processes. -> finish,
-    which sets non-finite gradients to 0 or ±1e5, and returns how many there were, and the mean of extra"""
-    params = [p for p in module.parameters() if p.requires_grad]
+def average_gradients(module, extra):
+    """Averages a module's gradients (none counts as 0) and another tensor over processes, and sets those that
+    are not finite to 0 or ±1e5. -> their share, the mean of extra"""
+    params = list(module.parameters())
     parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in params] + [extra]
-    flat = torch.cat([t.flatten() for t in parts])  # all in one vector
-    work = dist.all_reduce(flat, async_op=True) if WORLD > 1 else None
-
-    def finish():
-        if work:
-            work.wait()
-            flat.div_(WORLD)
-        bad = (~flat.isfinite()).sum()
-        torch.nan_to_num(flat, nan=0.0, posinf=1e5, neginf=-1e5, out=flat)
-        *means, last = flat.split([t.numel() for t in parts])
-        for p, mean in zip(params, means, strict=True):
-            p.grad = mean.view_as(p)
-        return bad, last
-
-    return finish
-
-
-@torch.no_grad()
-def update_average(run):
-    """One step of the moving average, whose half life grows with the images seen, up to --ema-kimg."""
-    cfg = run.cfg
-    half_life = min(cfg.ema_kimg * 1000, (run.images + cfg.batch_size) * cfg.ema_rampup)
-    beta = 0.5 ** (cfg.batch_size / max(half_life, 1e-8))
-    torch._foreach_lerp_(list(run.G_ema.parameters()), list(run.G.parameters()), 1 - beta)
-    torch._foreach_copy_(list(run.G_ema.buffers()), list(run.G.buffers()))
+    flat = mean_over_processes(torch.cat([t.flatten() for t in parts]))  # all in one vector
+    bad = (~flat.isfinite()).float().mean()
+    torch.nan_to_num(flat, nan=0.0, posinf=1e5, neginf=-1e5, out=flat)
+    *means, last = flat.split([t.numel() for t in parts])
+    for p, mean in zip(params, means, strict=True):
+        p.grad = mean.view_as(p)
+    return bad, last
 
 
 def training_step(run, batch, stats):
-    """One update of G, D and the moving average by this process's share of a batch (see `collate`).
-    -> whether a process wants to stop"""
+    """One update of G, D, moving average by this process's share of a batch -> whether a process must stop"""
     cfg, G, D = run.cfg, run.G, run.D
     now = schedules(cfg, run.kimg)
     real = real_images(batch, run.labels.device)  # (share, 3 or 4, R, R)
@@ -2081,7 +1920,8 @@ def training_step(run, batch, stats):
     seed_draws(train_seed(cfg), run.step, "patches", 0)
     patches = sample_patch(cfg, cfg.batch_size, run.kimg)  # of the whole batch
     scale_mean = float(patches.scale.mean())
-    patches = Patch(*(t.to(real.device) for t in rows(patches, RANK * share, (RANK + 1) * share)))
+    own = slice(RANK * share, (RANK + 1) * share)
+    patches = Patch(*(t[own].to(real.device) for t in patches))
 
     ratio = cfg.r1_interval / (cfg.r1_interval + 1)  # see `build`
     run.opt_g.param_groups[0]["lr"] = cfg.g_lr * now["lr_factor"]
@@ -2098,32 +1938,35 @@ def training_step(run, batch, stats):
         w_sum = w_sum + generator_pass(run, rows(patches, part), number, weight, stats)
     if G.camera_generator is not None:
         seed_draws(train_seed(cfg), run.step, "camera", 0)  # the same draws in every process
-        loss, log = camera_regularizer(G, run.labels, run.kimg)
+        loss, log = camera_regularizer(G, run.kimg)
         loss.backward()
         stats.add(**log)
 
-    # G's gradients are averaged over processes while D looks at the photographs.
-    finish_g = start_average(G, w_sum / share)
+    # Those of D on photographs.
     for part in passes:
         discriminator_pass(run, real[part], c[part], rows(patches, part), scale_mean, weight, stats)
-    finish_d = start_average(D, real.new_full([1], bool(run.stop)))  # with it travels who wants to stop
-    bad_g, w_mean = finish_g()
-    bad_d, stop = finish_d()
+
+    bad_g, w_mean = average_gradients(G, w_sum / share)
+    bad_d, stop = average_gradients(D, real.new_full([1], bool(run.stop)))  # with it travels who must stop
     stats.add(nonfinite_g=bad_g, nonfinite_d=bad_d)
 
     run.opt_g.step()
     run.opt_d.step()
     G.mapping_network.w_avg.lerp_(w_mean, 1 - 0.998)  # a part of StyleGAN2's state; nothing here reads it
-    update_average(run)
+
+    # The moving average's half life grows with the images seen, up to --ema-kimg.
+    half_life = min(cfg.ema_kimg * 1000, (run.images + cfg.batch_size) * cfg.ema_rampup)
+    beta = 0.5 ** (cfg.batch_size / max(half_life, 1e-8))
+    with torch.no_grad():
+        torch._foreach_lerp_(list(run.G_ema.parameters()), list(G.parameters()), 1 - beta)
+        torch._foreach_copy_(list(run.G_ema.buffers()), list(G.buffers()))
     return bool(stop)
 
 
 def choose_device(wanted, precision="tf32"):
     """wanted: as --device. -> torch.device, with PyTorch set up for it"""
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "--device cuda: no GPU that this PyTorch can use; leave --device out, or install another"
-        )
+        raise UserError("--device cuda: this PyTorch finds no GPU that it can use; leave --device out")
     if wanted == "cpu" or not torch.cuda.is_available():
         # glibc: freed memory stays with the process, since new pages cost more than the arithmetic on them.
         with contextlib.suppress(OSError, AttributeError, TypeError):
@@ -2158,11 +2001,12 @@ def checkpoints(folder):
 
 
 def snapshot(run):
-    """Checkpoint and samples. Of the checkpoints, which are plain tensors and numbers, the newest 8 stay.
-    Random states need no place in them: see seed_draws."""
+    """Checkpoint, of plain tensors and numbers, and samples. The newest 8 stay. Draws need no state in it."""
     state = {name: getattr(run, name).state_dict() for name in TRAINED}
-    with atomic(run.file("checkpoint", "pt"), durable=True) as temporary:
+    with atomic(run.file("checkpoint", "pt")) as temporary:
         torch.save(dict(state, config=asdict(run.cfg), step=run.step, images=run.images), temporary)
+        with open(temporary, "rb") as f:
+            os.fsync(f.fileno())  # on the disk before an older one goes
     for _, path in checkpoints(run.cfg.out)[8:]:
         path.unlink(missing_ok=True)
     write_samples(run.G_ema, run.labels, run.file("samples", "png"))
@@ -2177,6 +2021,7 @@ def open_checkpoint(path):
                 raise zipfile.BadZipFile("its checksum is wrong")
         config = {k: v for k, v in state["config"].items() if k != "compile"}  # once an option
         cfg, state = Config(**config), {k: state[k] for k in ("step", "images", *TRAINED)}
+        validate(cfg, 1)
     except Exception as e:  # whatever a damaged or foreign file leads to
         what = f"damaged, or not a checkpoint of this program ({type(e).__name__}: {e})"
         raise UserError(f"--resume {path}: {what}") from None
@@ -2190,30 +2035,29 @@ def load_checkpoint(*paths):
         paths = [path for _, path in checkpoints(folder)]
     if not paths:
         raise UserError(f"--resume: no checkpoint in {folder}; name one, or the folder of a run")
-    for path in paths[:-1]:
+    for path in paths:
         try:
             return open_checkpoint(path)
         except UserError as e:
+            if path == paths[-1]:
+                raise
             print(f"3dgp.py: warning: {e}; the checkpoint before it is taken", file=sys.stderr)
-    return open_checkpoint(paths[-1])
 
 
-@contextlib.contextmanager
-def fitting(path):
-    """Whatever a foreign or damaged checkpoint leads to, when it is put to use, is a UserError."""
+def restore(path, state, **modules):
+    """Loads what a checkpoint's state holds of modules or optimisers. What does not fit is a UserError."""
     try:
-        yield
-    except Exception as e:
-        raise UserError(f"--resume {path}: does not fit its own configuration ({type(e).__name__})") from None
+        for name, module in modules.items():
+            module.load_state_dict(state[name])
+    except Exception as e:  # of other options or data, or damaged
+        raise UserError(f"--resume {path}: of networks that do not fit ({type(e).__name__})") from None
 
 
 def load_generator(resume, device="auto"):
     """The averaged generator of a checkpoint, or of a run's newest. -> Generator, path, kimg seen"""
     path, cfg, state = load_checkpoint(resume)
-    with fitting(path):
-        validate(cfg, 1)
-        G = Generator(cfg)
-        G.load_state_dict(state["G_ema"])
+    G = Generator(cfg)
+    restore(path, state, G_ema=G)
     return G.to(choose_device(device)).eval().requires_grad_(False), path, state["images"] / 1000
 
 
@@ -2226,79 +2070,59 @@ def begin_folder(run):
     for kimg, path in checkpoints(folder):
         if kimg > run.kimg:
             path.rename(path.with_name(f"left-{path.name}"))
-    write_reals(run.data, folder / "reals.png")
     with atomic(folder / "config.json") as temporary:
         temporary.write_text(json.dumps(asdict(run.cfg), indent=2))
+    spread = np.linspace(0, len(run.data) - 1, 32).round().astype(int)  # over the classes too, by their order
+    reals = real_images(torch.utils.data.default_collate([run.data[i] for i in spread]), "cpu")
+    cells = [to_picture(x[:3], x[3:]) for x in reals]
+    write_image(tile(cells, 16), folder / "reals.png")
 
 
-def diagnose(entry, before, cfg, parameters):
-    """A log entry, the healthy ones before it, numbers of parameters of G and D -> what is wrong, or "" """
-
-    def limit(name, factor, floor=0.0):
-        """So many times the median of what was logged before, `floor` at least; nan where that is little"""
-        known = [x[name] for x in before[-GUARD.window :] if name in x]
-        return max(factor * np.median(known), floor) if len(known) >= GUARD.least else math.nan
-
-    if cfg.guard == "off":
-        return ""
-    bad_share = max(entry["nonfinite_g"] / parameters[0], entry["nonfinite_d"] / parameters[1])
+def diagnose(entry, before):
+    """A log entry, the healthy ones before it -> what is wrong, or "" """
+    bad_share = max(entry["nonfinite_g"], entry["nonfinite_d"])
     score = max(entry["score_real"], entry["score_fake"], key=abs)
-    r1 = entry.get("r1", 0)
-    if bad_share > GUARD.nonfinite:
+    if bad_share > GUARD_NONFINITE:
         return f"{bad_share:.0%} of the gradients are not finite"
     if not math.isfinite(entry["loss_g"] + entry["loss_d_real"] + entry["loss_d_fake"]):
         return "a loss is not finite"
-    if abs(score) > GUARD.score:
+    if abs(score) > GUARD_SCORE:
         return f"D is saturated, its mean score is {score:.3g}"
-    if entry["fake_std"] < limit("fake_std", GUARD.fake_std):
+    deviations = [x["fake_std"] for x in before[-GUARD_INTERVALS:]]
+    if len(before) >= GUARD_INTERVALS and entry["fake_std"] < GUARD_STD * np.median(deviations):
         return f"images are constant, their deviation is {entry['fake_std']:.2g}"
-    if entry["loss_g"] > limit("loss_g", GUARD.loss_g, GUARD.floor_g):
-        return f"G's loss jumped to {entry['loss_g']:.3g}"
-    if r1 > limit("r1", GUARD.r1, 2 * GUARD.floor_r1 / max(cfg.r1_gamma, 1e-9)):
-        return f"R1 jumped to {r1:.3g}"
     return ""
-
-
-# Options that may be set anew on resuming; all others are the checkpoint's.
-FREE_ON_RESUME = {"out", "resume", "device", "workers", "data", "detector", "reals", "fused", "batch_gpu"}
-FREE_ON_RESUME |= {"kimg", "snapshot_kimg", "log_kimg", "metrics", "metrics_kimg", "guard", "timeout"}
-FREE_ON_RESUME |= {"precision", "teacher_weights", "depth_weights"}
 
 
 def go_back(cfg, what, kimg, healthy):
     """After a divergence, seen at kimg: -> Config, state of a checkpoint from when all was well, at `healthy`
-    kimg at the latest. Each recent recovery goes one checkpoint further back."""
+    kimg at the latest. Each recovery goes one checkpoint further back than the one before."""
     said = f"diverged at {kimg:g} kimg: {what}"
-    within = max(GUARD.tries_kimg, 4 * cfg.snapshot_kimg)
-    recent = sum(abs(kimg - back) < within for back in cfg.recoveries)
-    if recent >= GUARD.tries:
+    before = len(cfg.recoveries)
+    if before == GUARD_TRIES:
         remedy = "start anew with lower --g-lr and --d-lr, or a higher --r1-gamma"
-        raise UserError(f"{said}, after {recent} recoveries; {remedy}")
-    all_paths = [path for _, path in checkpoints(cfg.out)]
-    good = [path for at, path in checkpoints(cfg.out) if at <= healthy] or all_paths[-1:]
-    path, saved, state = load_checkpoint(*good[min(recent, len(good) - 1) :])
+        raise UserError(f"{said}, after {before} recoveries; {remedy}")
+    every = checkpoints(cfg.out)
+    paths = [path for at, path in every if at <= healthy] or [every[-1][1]]
+    path, _, state = load_checkpoint(*paths[min(before, len(paths) - 1) :])
     back = state["images"] / 1000
     if RANK == 0:
         append_line(Path(cfg.out, "log.jsonl"), dict(kimg=back, diverged=kimg, reason=what))
         tqdm.write(f"{said}; back to {path.name}, learning rates halved", file=sys.stderr)
-    own = {name: getattr(cfg, name) for name in FREE_ON_RESUME - {"resume"}}
-    return replace(saved, **own, resume=str(path), recoveries=(*cfg.recoveries, back)), state
+    return replace(cfg, resume=str(path), recoveries=(*cfg.recoveries, back)), state
 
 
 def train(cfg, state=None):
     """The whole run. state: of a checkpoint to go on from. After a divergence it takes an earlier one."""
-    stop, known = [], {}
-    before = {kind: signal.getsignal(kind) for kind in STOP_SIGNALS}
+    stop = []
     if "TORCHELASTIC_RUN_ID" in os.environ:  # when torchrun itself is killed, stop too
         stop_with_parent()
     try:
-        while trouble := train_until_trouble(cfg, state, stop, known):
+        while trouble := train_until_trouble(cfg, state, stop):
             cfg, state = go_back(cfg, *trouble)
     finally:
         for worker in torch.multiprocessing.active_children():  # one that hangs would not let the program end
             worker.kill()
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
 
 
 def open_run(cfg, state, stop):
@@ -2308,57 +2132,29 @@ def open_run(cfg, state, stop):
     data = open_data(cfg)
     teacher = Teacher(cfg.teacher, cfg.teacher_weights).to(device) if cfg.teacher != "none" else None
     sizes = dict(num_classes=data.num_classes, teacher_dim=teacher.dim if teacher else 0)
-    for name, value in sizes.items():
-        if getattr(cfg, name) not in (0, value):
-            raise UserError(
-                f"--{name.replace('_', '-')} {getattr(cfg, name)}: data and teacher make it {value}"
-            )
     cfg = replace(cfg, batch_gpu=math.gcd(cfg.batch_gpu, share), **sizes)  # passes divide the share
     join_processes(device, cfg.timeout)
-    run = Run(cfg, data, torch.from_numpy(data.labels).to(device), teacher, stop, **build(cfg, device))
+    trained = build(cfg, device)
+    run = Run(cfg, data, torch.from_numpy(data.labels).to(device), teacher, stop, **trained)
     if state:
-        with fitting(cfg.resume):
-            for name in TRAINED:
-                getattr(run, name).load_state_dict(state[name])
-        run.step = state["step"]
+        restore(cfg.resume, state, **trained)
+        run.step = state["images"] // cfg.batch_size
     return run
 
 
 def measure(run, detector, reals):
     """Metrics of the moving average (see `evaluate`), printed and appended to metrics.jsonl."""
     cfg = run.cfg
-    path = Path(cfg.out, "metrics.jsonl")
-    if cfg.metrics:
-        result = evaluate(run.G_ema, run.labels, cfg.metrics, detector, reals)
-        if RANK == 0:
-            append_line(path, dict(kimg=run.kimg, data=cfg.data, reals=cfg.reals, **result))
-            tqdm.write("\n".join(f"{run.kimg:g} kimg: {k} {value:.4g}" for k, value in result.items()))
+    result = evaluate(run.G_ema, run.labels, cfg.metrics, detector, reals) if cfg.metrics else {}
+    if RANK == 0 and result:
+        path = Path(cfg.out, "metrics.jsonl")
+        append_line(path, dict(kimg=run.kimg, data=cfg.data, reals=cfg.reals, **result))
+        for name, value in result.items():
+            tqdm.write(f"{run.kimg:g} kimg: {name} {value:.4g}")
 
 
-def memory_mb(device):
-    """The most of the GPU's memory that was taken, or of main memory that was resident (Linux, else nan)"""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return math.nan
-    return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2**10
-
-
-def log_entry(run, stats, unreadable, speed):
-    """A line of log.jsonl: the means since the last one, and where the run stands."""
-    device = run.labels.device
-    entry = dict(kimg=round(run.kimg, 3), **stats.result(device), images_per_second=round(speed, 2))
-    entry.update(memory_mb=memory_mb(device), unreadable=len(unreadable))
-    return dict(entry, schedules=schedules(run.cfg, run.kimg))
-
-
-def train_until_trouble(cfg, state, stop, known):  # noqa: C901, PLR0915 (the loop, from top to bottom)
-    """-> None at the end, or when `stop` is not empty; on divergence what tells of it, its kimg, and at how
-    many kimg all was well last; in all processes alike. known: what stays the same after a divergence"""
-    kinds = {kind for kind, _, _ in parse_metrics(cfg.metrics)}
-    if cfg.detector == "area8" and "is" in kinds:
-        raise UserError("--metrics: area8 gives no class probabilities, which is needs; take --detector FILE")
+def train_until_trouble(cfg, state, stop):  # noqa: C901, PLR0915 (the loop, from top to bottom)
+    """-> None at the end, or when `stop` is not empty; on divergence its sign, its kimg, the last good one"""
     run = open_run(cfg, state, stop)
     cfg, device = run.cfg, run.labels.device
     total = math.ceil(cfg.kimg * 1000 / cfg.batch_size) * cfg.batch_size
@@ -2366,35 +2162,25 @@ def train_until_trouble(cfg, state, stop, known):  # noqa: C901, PLR0915 (the lo
         say(f"{cfg.out}: finished already")
         return None
 
-    parameters = [sum(p.numel() for p in network.parameters()) for network in (run.G, run.D)]
-    passes = f"{WORLD} x {cfg.batch_size // WORLD // cfg.batch_gpu} x {cfg.batch_gpu}"
+    g, d = (sum(p.numel() for p in network.parameters()) for network in (run.G, run.D))
     say(f"{cfg.data}: {len(run.data):,} images, {cfg.num_classes} classes, {cfg.resolution}²; {cfg.out}")
-    say(f"G {parameters[0]:,}, D {parameters[1]:,} parameters; batch {passes} on {device}")
-    detector = Detector(cfg.detector, device) if kinds - {"nfs"} else None
+    say(f"G {g:,}, D {d:,} parameters; {WORLD} x {device}, {cfg.batch_gpu} images in a pass")
+    detector = Detector(cfg.detector, device) if re.search("fid|is", cfg.metrics) else None
     if RANK == 0:
         begin_folder(run)
         snapshot(run)  # even of a run that goes on: its configuration may be another one
-    if detector and not known:
-        known["reals"] = running_gaussian(real_parts(cfg, run.data, detector, device, cfg.reals))
-    reals = known.get("reals")
+    reals = detector and running_gaussian(real_parts(cfg, run.data, detector, device, cfg.reals))
     if not state:
         measure(run, detector, reals)
 
     for kind in STOP_SIGNALS:  # from now on there is something to save
         signal.signal(kind, lambda *_: stop.append(1))
-    stats, history, unreadable = Averages(), [], set()  # history: healthy log entries
-    healthy = run.kimg
+    stats, history, healthy = Averages(), [], run.kimg  # history: log entries, all healthy
     tick = time.time(), run.images
     batches = load_batches(run.data, cfg, draw_batches(cfg, len(run.data), run.step, RANK, WORLD))
     interval = 0.5 if sys.stderr.isatty() else 30
     with tqdm(total=total, initial=run.images, unit="img", disable=RANK > 0, mininterval=interval) as bar:
         for batch in batches:
-            for name in sorted(set(batch["bad"]) - unreadable):
-                tqdm.write(f"skipped, unreadable: {name}", file=sys.stderr)
-            unreadable.update(batch["bad"])
-            if len(unreadable) > 10 and run.images < 1000:
-                raise UserError(f"--data {cfg.data}: {len(unreadable)} images are unreadable; mend the data")
-
             stopped = training_step(run, batch, stats)
             run.step += 1
             run.done = stopped or run.images >= total
@@ -2402,9 +2188,12 @@ def train_until_trouble(cfg, state, stop, known):  # noqa: C901, PLR0915 (the lo
 
             if run.due(cfg.log_kimg):
                 speed = (run.images - tick[1]) / (time.time() - tick[0])
-                entry = log_entry(run, stats, unreadable, speed)
-                what = diagnose(entry, history, cfg, parameters)
-                if what:
+                memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # MB; Linux counts KB
+                if device.type == "cuda":
+                    memory = torch.cuda.max_memory_allocated(device) / 2**20
+                entry = dict(kimg=round(run.kimg, 3), **stats.result(device), memory_mb=memory)
+                entry.update(images_per_second=round(speed, 2), schedules=schedules(cfg, run.kimg))
+                if cfg.guard == "on" and (what := diagnose(entry, history)):
                     return what, run.kimg, healthy
                 history.append(entry)
                 healthy = run.kimg
@@ -2418,7 +2207,7 @@ def train_until_trouble(cfg, state, stop, known):  # noqa: C901, PLR0915 (the lo
             if run.due(cfg.metrics_kimg) and not stopped:
                 measure(run, detector, reals)
 
-            if run.due(cfg.log_kimg) or run.due(cfg.snapshot_kimg) or run.due(cfg.metrics_kimg):
+            if run.due(cfg.log_kimg):
                 tick = time.time(), run.images  # speed is that of training alone
             if run.done:
                 break
@@ -2454,23 +2243,9 @@ def write_image(image, path):
         image.save(temporary, "PNG")
 
 
-def grid_indices(labels, n):
-    """n indices of samples, going round the classes."""
-    labels = labels if len(labels) else np.zeros(n)
-    members = [np.flatnonzero(labels == c) for c in np.unique(labels)[:n]]
-    members = [np.resize(own, n) for own in members]  # repeated as often as it takes
-    return [int(members[i % len(members)][i // len(members)]) for i in range(n)]
-
-
-def write_reals(data, path):
-    """A grid of 32 images of the data."""
-    batch = collate([data[i % len(data)] for i in grid_indices(data.labels, 32)])
-    write_image(tile([to_picture(x[:3], x[3:]) for x in real_images(batch, "cpu")], 16), path)
-
-
 def render_views(G, planes, cameras, resolution, dim=1):
     """One scene (planes of 1) from each camera -> pictures of RGB and depth, as `to_picture`"""
-    views = [G.render(planes, rows(cameras, i, i + 1), resolution) for i in range(len(cameras.yaw))]
+    views = [G.render(planes, rows(cameras, [i]), resolution) for i in range(len(cameras.yaw))]
     near, far = views[0][1].flatten().quantile(planes.new_tensor([0.02, 0.98])).tolist()  # but for strays
     return [to_picture(rgb[0], depth[0], near, far, dim) for rgb, depth in views]
 
@@ -2478,9 +2253,8 @@ def render_views(G, planes, cameras, resolution, dim=1):
 @torch.no_grad()
 def write_samples(G, labels, path, scenes=16, views=4):
     """A grid of fixed z and classes, 4 scenes a row: RGB over depth, `views` yaws, mean ± 0.3 rad"""
-    z, c, prior = draw_latents(G.cfg, scenes, labels, "samples")
-    if G.cfg.num_classes:
-        c = torch.unique(labels).repeat(scenes)[:scenes]
+    z, _, prior = draw_latents(G.cfg, scenes, labels, "samples")
+    c = torch.arange(scenes, device=z.device) % max(1, G.cfg.num_classes)
     camera = G.pose(prior, z, c)  # of B
     yaws = camera.yaw.mean() + torch.linspace(-0.3, 0.3, views, device=z.device)
     cells = []
@@ -2495,21 +2269,19 @@ def write_samples(G, labels, path, scenes=16, views=4):
 # program ends. The programs in tools/ use it too.
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
+def parse_options(options, prog, description, argv=None, positional=(), epilog=""):
+    """options: a dataclass of `opt`s; positional: (name, help, nargs or None), ... -> {field: value given}"""
+
+    def refuse(message):
         raise UserError(f"{message}; --help shows all options")
 
-
-def parse_options(options, prog, description, argv=None, positional=(), epilog=""):
-    """options: a dataclass of `opt`s; positional: ((name, help, nargs or None), ...). Mistakes: UserError.
-    -> {field: value of the options that were given}"""
-    parser = Parser(prog=prog, description=description, epilog=epilog, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog=prog, description=description, epilog=epilog, allow_abbrev=False)
     parser.argument_default = argparse.SUPPRESS
+    parser.error = refuse
     for name, text, nargs in positional:
         parser.add_argument(name, help=text, nargs=nargs)
-    types = typing.get_type_hints(options)
     for option in filter(lambda option: option.metadata, fields(options)):
-        kind, default, choices = types[option.name], option.default, option.metadata["choices"]
+        kind, default, choices = option.type, option.default, option.metadata["choices"]
         how = dict(type=kind, choices=choices, metavar=None if choices else kind.__name__.upper())
         if kind is bool:
             how = dict(action=argparse.BooleanOptionalAction)
@@ -2536,10 +2308,12 @@ def validate(cfg, world):
 
     for name, value in vars(cfg).items():
         flag = "--" + name.replace("_", "-")
-        numbers = [x for x in (value if isinstance(value, tuple) else [value]) if isinstance(x, (int, float))]
-        least = min(numbers, default=1)
-        require(all(map(math.isfinite, numbers)), f"{flag}: not a finite number")
-        require(least >= 0 or name in ("prior_yaw", "prior_pitch"), f"{flag}: must not be negative")
+        if isinstance(value, str):
+            continue
+        numbers = np.array(value, np.float64)
+        least = numbers.min(initial=math.inf)
+        require(np.isfinite(numbers).all(), f"{flag}: not a finite number")
+        require(least >= 0 or name == "prior_yaw", f"{flag}: must not be negative")
         require(least > 0 or name not in POSITIVE, f"{flag} {value}: must be positive")
         if name.startswith("prior_"):
             require(value[0] < value[1], f"{flag}: the first number must be less than the second")
@@ -2550,24 +2324,27 @@ def validate(cfg, world):
     R, P = cfg.resolution, cfg.patch_resolution
     require(cfg.data, "--data is empty: name a data set, or a folder or zip of images")
     require(P <= R, f"--patch-resolution {P}: larger than --resolution {R}")
-    low, high = cfg.prior_pitch
-    require(low >= 0 and high <= math.pi, "--prior-pitch: must lie between 0 and pi")
+    require(cfg.prior_pitch[1] <= math.pi, "--prior-pitch: must lie between 0 and pi")
     require(cfg.prior_fov[1] < 180, "--prior-fov: must stay below 180 degrees")
     require(cfg.channel_base >= max(R, cfg.triplane_resolution), "--channel-base: less than the resolution")
     require(cfg.coarse_samples >= 3, f"--coarse-samples {cfg.coarse_samples}: must be 3 or more")
     require(cfg.near < cfg.far, f"--near {cfg.near}: must be less than --far {cfg.far}")
+    parse_metrics(cfg.metrics)
+    require(
+        cfg.detector != "area8" or "is" not in cfg.metrics, "--metrics: area8 has no classes, is needs them"
+    )
 
     share = cfg.batch_size // world
-    micro = math.gcd(cfg.batch_gpu, share)
+    size = math.gcd(cfg.batch_gpu, share)  # of a pass
     batch = f"--batch-size {cfg.batch_size}, --batch-gpu {cfg.batch_gpu}"
     require(cfg.batch_size % world == 0, f"{batch}: not divisible by {world} processes")
-    multiple = f"must have a multiple of {MBSTD_GROUP} (mini-batch standard deviation)"
-    require(micro % MBSTD_GROUP == 0, f"{batch}: a pass of {world} processes has {micro}, but {multiple}")
+    multiple = f"not a multiple of {MBSTD_GROUP}, for mini-batch standard deviation"
+    require(size % MBSTD_GROUP == 0, f"{batch}: {size} images in a pass are {multiple}")
     return share
 
 
 def resolve(given):
-    """The options given -> Config, and the state to go on from or None. Refuses to mix runs."""
+    """The options given -> Config, and the state to go on from or None. What is not given stays as it was."""
     name = Path(given.get("data", "shapes")).resolve().stem or "data"
     out = Path(given.get("out") or Path("runs", name))
     resume = given.get("resume", "")
@@ -2577,58 +2354,46 @@ def resolve(given):
         return make_config({**given, "out": str(out)}), None
 
     path, saved, state = load_checkpoint(out if resume in ("latest", "auto") else resume)
-    differing = []
-    for name, value in given.items():
-        if name not in FREE_ON_RESUME and value != getattr(saved, name):
-            differing.append(f"{name} (there {getattr(saved, name)!r}, here {value!r})")
-    if differing:
-        raise UserError(f"--resume {path}: a checkpoint of another configuration: {', '.join(differing)}")
     cfg = replace(saved, **{"out": str(path.parent), **given, "resume": str(path)})
+    if cfg.preset != saved.preset:
+        raise UserError(f"--preset {cfg.preset}: {path} is of {saved.preset}; start a new run")
     if Path(cfg.out).resolve() != path.resolve().parent and Path(cfg.out, "config.json").exists():
         raise UserError(f"--out {cfg.out}: holds another run than {path}; name another folder")
-    if state["images"] >= cfg.kimg * 1000 and resume != "auto":
-        raise UserError(f"--kimg {cfg.kimg:g}: the checkpoint has seen {state['images'] / 1000:g} already")
+    say(f"going on with {path}")
     return cfg, state
 
 
 def run_program(name, work):
     """Calls work(); what a user can mend becomes one line on standard error. -> exit status"""
+    status = 0
     try:
         work()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        return 0
     except (UserError, OSError) as e:
+        status = 2
         if LOCAL_RANK == 0 or dist.is_initialized():  # once per machine, or where it happened
             print(f"{name}: error: {e}", file=sys.stderr)
-        return 2
     except RuntimeError as e:
         if not isinstance(e, dist.DistError) and "gloo" not in str(e):
             raise
+        status = 1
         reason = f"another one has ended, or did not answer in --timeout ({str(e).strip().splitlines()[0]})"
         print(f"{name}: error: process {RANK} waited in vain: {reason}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:  # before there was anything to save
-        return 130
-
-
-def leave(status):
-    """Ends the process. After an error, threads that wait for other processes would abort a normal exit."""
+        status = 130
+    if dist.is_initialized() and status:
+        os._exit(status)  # threads that wait for other processes would abort a normal exit
     if dist.is_initialized():
-        os._exit(status)
-    sys.exit(status)
+        dist.destroy_process_group()
+    return status
 
 
 def main(argv=None):
     """-> exit status"""
     description = "3DGP: a 3D GAN for any category, from unposed photographs. What comes after is in tools/."
     epilog = "Defaults are the published ones at 256²; --preset and --data change them, as PRESETS says."
-
-    def work():
-        train(*resolve(parse_options(Config, "3dgp.py", description, argv, epilog=epilog)))
-
-    return run_program("3dgp.py", work)
+    texts = description, argv, (), epilog
+    return run_program("3dgp.py", lambda: train(*resolve(parse_options(Config, "3dgp.py", *texts))))
 
 
 if __name__ == "__main__":
-    leave(main())
+    sys.exit(main())

@@ -6,7 +6,7 @@ Recover 3D Scene Shape from a Single Image", CVPR 2021). One command, on any num
     torchrun --nproc_per_node=8 lereS_depth.py imagenet/train data/imagenet --resolution 256 --keep 0.33
 
 SOURCE: flat, or one folder per class, or with dataset.json. TARGET gets `<name>.png`, `<name>_depth.png` (16
-bit, larger is farther) and dataset.json; skipped.txt says what could not be used, depth.png shows photographs
+bit, larger is farther) and dataset.json; skipped.txt says what could not be used, all_depth.png shows some
 over their depth. A run that was stopped goes on: call it again. `3dgp.py --data photos/` does all this, too.
 """
 
@@ -32,6 +32,7 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import timm
 import torch
 import torch.nn as nn
@@ -231,7 +232,7 @@ class Work:
 
         self.names = self.data.names
         self.labels = self.data.labels if self.data.num_classes else np.zeros(len(self.names), np.int64)
-        self.taken = {"depth"}  # as depth.png, the contact sheet
+        self.taken = {"all"}  # all_depth.png is the contact sheet
         self.outputs = [self.output_name(name) for name in self.names]
 
     def output_name(self, name):
@@ -258,7 +259,8 @@ class Work:
 
     def picture(self, i, image=None):
         """-> photograph i, (R, R, 3) uint8"""
-        return np.asarray(tdgp.crop_resize(image or self.open(i), self.cfg.resolution, PIL.Image.LANCZOS))
+        size = (self.cfg.resolution, self.cfg.resolution)
+        return np.asarray(PIL.ImageOps.fit(image or self.open(i), size, PIL.Image.LANCZOS))
 
     def load(self, i):
         """Write photograph i, and its depth if there are ready maps. -> else what the network has to see"""
@@ -266,7 +268,7 @@ class Work:
         self.write(self.paths([i])[0], self.picture(i, image))
         if self.cfg.depth_from:
             return self.save(i, self.ready_depth(i, image.size))
-        return np.asarray(tdgp.crop_resize(image, LeReS.SIZE, PIL.Image.BILINEAR))
+        return np.asarray(PIL.ImageOps.fit(image, (LeReS.SIZE, LeReS.SIZE), PIL.Image.BILINEAR))
 
     def save(self, i, depth):
         """Write depth (R, R): 16 bit, between its extremes."""
@@ -394,7 +396,6 @@ class Job:
         self.marks = [self.folder / f".part-{rank}-of-{self.world}" for rank in range(self.world)]
         self.work = None  # the photographs, once they have been found
         self.skipped = {}  # name of a photograph: why it is left out
-        self.network_seconds = 0.0
 
     def about(self, name):
         """Where a file about the result goes: into the folder, or beside the zip."""
@@ -434,8 +435,7 @@ def prepare(cfg):
 
     if job.rank == 0 and not job.complete.exists():
         n = finish(job, indices)
-        spent = f"{time.time() - start:.0f} s ({job.network_seconds:.0f} s of it for the network)"
-        print(f"{job.target}: {n:,} images; {spent}")
+        print(f"{job.target}: {n:,} images in {time.time() - start:.0f} s")
 
 
 def claim(job, weights):
@@ -536,12 +536,10 @@ def estimate(job, pool, indices, model):
         pictures = {i: result for i, result in loaded if isinstance(result, np.ndarray)}
         job.skipped.update({job.work.names[i]: result for i, result in loaded if isinstance(result, str)})
         if pictures:
-            start = time.time()
             images = torch.from_numpy(np.stack(list(pictures.values()))).to(job.device)  # (B, SIZE, SIZE, 3)
             with tdgp.autocast(job.cfg, job.device):
                 depths = estimate_depth(model, images.permute(0, 3, 1, 2).float() / 255, job.cfg.resolution)
             depths = depths[:, 0].cpu().numpy()  # (B, R, R)
-            job.network_seconds += time.time() - start
             for i, depth in zip(pictures, depths, strict=True):
                 saving.append((i, pool.submit(in_worker, "save", i, depth)))
         settle(job, saving, 4 * size)
@@ -591,7 +589,7 @@ def finish(job, indices):
         job.note.unlink()  # the next attempt may be another
         raise tdgp.UserError(f"{job.cfg.source}: not one image of it could be used; {reasons} says why")
 
-    write_sheet(work, indices, job.about("depth.png"))
+    write_sheet(work, indices, job.about("all_depth.png"))
     listed = None
     if work.data.num_classes:
         listed = [[work.outputs[i], int(work.labels[i])] for i in indices]
@@ -615,10 +613,10 @@ def finish(job, indices):
 
 
 def write_sheet(work, indices, path):
-    """Up to 32 photographs over their depth, from all classes in turn."""
+    """Up to 32 photographs, evenly over all, above their depth."""
     cells = []
-    for k in tdgp.grid_indices(work.labels[indices], min(32, len(indices))):
-        image, depth = (np.asarray(PIL.Image.open(p)) for p in work.paths([indices[k]]))
+    for k in np.linspace(0, len(indices) - 1, min(32, len(indices))).round():
+        image, depth = (np.asarray(PIL.Image.open(p)) for p in work.paths([indices[int(k)]]))
         gray = (depth // 257).astype(np.uint8)[..., None].repeat(3, 2)  # (R, R, 3)
         cells.append(np.concatenate([image, gray]))
     tdgp.write_image(tdgp.tile(cells, min(8, len(cells))), path)

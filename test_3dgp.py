@@ -284,6 +284,20 @@ def test_presets_name_real_options_and_are_valid():
         m.validate(m.make_config({"data": data}), 2 if data == "shapes" else 8)
 
 
+def test_r1_and_the_moving_average_go_by_resolution_and_batch():
+    def chosen(**given):
+        cfg = m.make_config(given)
+        return cfg.r1_gamma, cfg.ema_kimg
+
+    # 0.0002 x resolution² / batch, and 0.3125 x batch; ImageNet and the small sizes have their own
+    for data in ("dogs", "elephants", "horses"):
+        assert chosen(data=data) == pytest.approx((0.2048, 20))
+    assert chosen(data="dogs", batch_size=32, resolution=512) == pytest.approx((1.6384, 10))
+    assert chosen(data="imagenet", preset="base") == pytest.approx((0.05, 20))
+    assert chosen(data="shapes") == (0.5, 0.5)
+    assert chosen(data="dogs", r1_gamma=3.0) == (3.0, 20)
+
+
 def test_data_choose_the_preset_and_options_override_it():
     assert m.make_config({"data": "imagenet"}).channel_base == 65536
     assert m.make_config({}).preset == "tiny"
@@ -433,37 +447,16 @@ def test_every_mode_is_read(tmp_path):
     data = data_of(tmp_path, depth="none")
     items = {name: data[i] for i, name in enumerate(data.names)}
     assert len(items) == 7
-    assert not any(item["bad"] for item in items.values())
+    assert not data.unreadable
 
     assert (items["alpha.png"]["image"] == 255).all()  # transparency over white
     assert (items["gray16.png"]["image"] == 40000 // 257).all()
-    upright = m.crop_resize(turned.rotate(-90, expand=True), 16, PIL.Image.LANCZOS)
+    upright = PIL.ImageOps.fit(turned.rotate(-90, expand=True), (16, 16), PIL.Image.LANCZOS)
     read = items["turned.jpg"]["image"].permute(1, 2, 0).numpy().astype(int)
     assert np.abs(read - np.asarray(upright)).mean() < 3
 
 
-def png_chunk(kind, body):
-    """Length, kind, body, checksum."""
-    checksum = zlib.crc32(kind + body)
-    return len(body).to_bytes(4, "big") + kind + body + checksum.to_bytes(4, "big")
-
-
-def test_16_bit_gray_and_alpha_is_read_at_full_precision():
-    values = np.random.default_rng(0).integers(0, 65536, (5, 7, 2)).astype(">u2")
-
-    # written by hand, since PIL cannot
-    size = (7).to_bytes(4, "big") + (5).to_bytes(4, "big")
-    kind = b"\x10\x04\0\0\0"  # 16 bits, gray and alpha
-    rows = b"".join(b"\x00" + row.tobytes() for row in values)
-    png = b"\x89PNG\r\n\x1a\n"
-    png += png_chunk(b"IHDR", size + kind)
-    png += png_chunk(b"IDAT", zlib.compress(rows))
-    png += png_chunk(b"IEND", b"")
-
-    assert np.array_equal(m.read_depth(png), values[..., 0].astype(np.float32))
-
-
-def test_unreadable_images_are_skipped_and_counted(tmp_path, capsys):
+def test_unreadable_images_are_skipped_and_named(tmp_path, capsys):
     root = make_folder(tmp_path / "a")
     whole = (root / "cat" / "3.jpg").read_bytes()
     (root / "cat" / "3.jpg").write_bytes(whole[: len(whole) // 2])
@@ -472,8 +465,7 @@ def test_unreadable_images_are_skipped_and_counted(tmp_path, capsys):
     err = capsys.readouterr().err
     assert err.count("cat/3.jpg") == 1
     assert err.count("dog/0.jpg") == 1
-    counts = [line["unreadable"] for line in log(out) if "unreadable" in line]
-    assert counts[-1] == 2
+    assert checkpoint(out)["step"] == 3
 
     # not one can be read
     for path in root.rglob("*.jpg"):
@@ -482,20 +474,19 @@ def test_unreadable_images_are_skipped_and_counted(tmp_path, capsys):
         capsys, "--data", root, "--depth", "none", "--out", tmp_path / "all", *flags(**MICRO)
     )
     assert status == 2
-    assert "images in a row are unreadable" in err
-    assert err.count("\n") == 1
+    assert "100 images in a row are unreadable" in err.splitlines()[-1]
 
 
-def test_too_many_unreadable_images_stop_the_run(tmp_path, capsys):
-    root = make_folder(tmp_path / "a", classes=("c",), each=60)
-    for i in range(20, 35):
+def test_100_unreadable_images_in_a_row_stop_the_run(tmp_path, capsys):
+    root = make_folder(tmp_path / "a", classes=("c",), each=110)
+    for i in range(105):
         (root / "c" / f"{i}.jpg").write_text("not a picture")
-    options = {**MICRO, "kimg": 1.2, "log_kimg": 4}  # a log interval beyond the first 1000 images
-    status, err = run_main(
-        capsys, "--data", root, "--depth", "none", "--out", tmp_path / "o", *flags(**options)
-    )
-    assert status == 2
-    assert "unreadable; mend" in err.splitlines()[-1]
+    for workers in (0, 1):
+        options = flags(**{**MICRO, "workers": workers})
+        out = tmp_path / f"out{workers}"
+        status, err = run_main(capsys, "--data", root, "--depth", "none", "--out", out, *options)
+        assert status == 2
+        assert err.splitlines()[-1].startswith(f"3dgp.py: error: --data {root}: 100 images in a row")
 
 
 def test_data_that_vanish_or_cannot_be_read_are_skipped(tmp_path, monkeypatch):
@@ -510,10 +501,9 @@ def test_data_that_vanish_or_cannot_be_read_are_skipped(tmp_path, monkeypatch):
         return read_bytes(path)
 
     monkeypatch.setattr(Path, "read_bytes", read)
-    bad = set()
-    for batch in m.load_batches(data, micro(workers=1), [range(10), range(10, 20)]):
-        bad.update(batch["bad"])
-    assert bad == {gone, "cat/4.jpg", "dog/4.jpg"}
+    batches = list(m.load_batches(data, micro(workers=0), [range(10), range(10, 20)]))
+    assert data.unreadable == {gone, "cat/4.jpg", "dog/4.jpg"}
+    assert torch.equal(batches[0]["image"][4], batches[0]["image"][5])  # the next one in its place
 
 
 def hangs(self, i):
@@ -522,23 +512,6 @@ def hangs(self, i):
 
 def dies(self, i):
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_a_read_that_fails_once_is_tried_again(tmp_path, monkeypatch):
-    root = make_folder(tmp_path / "a", each=1)
-    real = Path.read_bytes
-    failures = []
-
-    def read(path):
-        if path.name == "0.jpg" and len(failures) < 2:
-            failures.append(path)
-            raise OSError(5, "Input/output error")
-        return real(path)
-
-    monkeypatch.setattr(Path, "read_bytes", read)
-    item = data_of(root, depth="none")[0]
-    assert item["bad"] == []
-    assert len(failures) == 2
 
 
 @pytest.mark.parametrize("reads", [hangs, dies])
@@ -556,7 +529,8 @@ def test_pictures_of_too_many_pixels_are_skipped(tmp_path):
     PIL.Image.new("1", (20_000, 20_000)).save(root / "cat" / "bomb.png")  # a small file
     data = data_of(root, depth="none")
     i = data.names.index("cat/bomb.png")
-    assert data[i]["bad"] == ["cat/bomb.png"]
+    assert torch.equal(data[i]["image"], data[i + 1]["image"])
+    assert data.unreadable == {"cat/bomb.png"}
 
 
 def mutate(content, rng):
@@ -578,18 +552,17 @@ def mutate(content, rng):
 
 def read_outcome(path):
     """What reading a checkpoint, or all of a folder or zip of images, comes to."""
-    bad = []
     try:
         if path.suffix == ".pt":
             m.load_checkpoint(path)
-        else:
-            data = data_of(path)
-            for i in range(len(data)):
-                bad += data[i]["bad"]
+            return "read"
+        data = data_of(path)
+        for i in range(len(data)):
+            data[i]
+        return "skipped" if data.unreadable else "read"
     except m.UserError as e:
         assert "\n" not in str(e)
         return "refused"
-    return "skipped" if bad else "read"
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -872,17 +845,6 @@ def test_fused_query_does_not_depend_on_the_number_of_threads():
             assert torch.equal(a, b)
 
 
-@has_gpu
-def test_deterministic_mode_on_a_gpu_says_what_to_do():
-    planes, points, _ = query_inputs(8, device="cuda")
-    torch.use_deterministic_algorithms(True)
-    try:
-        with pytest.raises(RuntimeError, match="not deterministic"):
-            with_gradients(fused_features(planes, points), planes, points)
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
 @compiles
 @pytest.mark.parametrize("device", DEVICES)
 def test_offsets_beyond_32_bits(device):
@@ -944,7 +906,7 @@ def start_query(**env):
 @compiles
 def test_processes_that_start_at_once_build_once_each_and_agree(tmp_path):
     cache = str(tmp_path / "cache")
-    started = [start_query(TORCH_EXTENSIONS_DIR=cache, LOCAL_RANK=str(rank)) for rank in range(3)]
+    started = [start_query(TORCH_EXTENSIONS_DIR=cache, RANK=str(rank)) for rank in range(3)]
     results = [p.communicate() for p in started]
     assert all(p.returncode == 0 for p in started), results
     (first, said), (second, silence), (third, silence_too) = results
@@ -952,7 +914,7 @@ def test_processes_that_start_at_once_build_once_each_and_agree(tmp_path):
     assert first == second == third
 
     # the first one speaks, and nothing half-made is left
-    assert re.fullmatch(r"compiling custom_ops.cu for \w+, once: \d+ s\n", said)
+    assert re.fullmatch(r"compiling custom_ops.cu for \w+, once\n", said)
     assert silence == silence_too == ""
     assert len(os.listdir(cache)) == 1
 
@@ -976,7 +938,7 @@ def test_where_custom_ops_do_not_compile_pytorch_does_the_same(tmp_path):
         assert has_custom_ops == "False", err
         assert float(plain) == pytest.approx(value, rel=1e-5)
         assert err.count("custom_ops.cu is not used") == 1, err
-        assert len(err.splitlines()) == 1, err
+        assert len(err.splitlines()) <= 2, err  # the first one says that it compiles
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
@@ -1010,7 +972,7 @@ def test_camera_looks_where_it_should():
     cameras = camera(3, yaw=0.4, pitch=1.3, look_at=(0.7, 1.1, 0.15))
     pose = m.cam2world(cameras)
     rotation = pose[:, :3, :3]
-    target = m.spherical_to_cartesian(*cameras.look_at.unbind(1))
+    target = m.spherical_to_cartesian(cameras.look_at_yaw, cameras.look_at_pitch, cameras.look_at_radius)
     forward = F.normalize(target - pose[:, :3, 3], dim=1)
     assert torch.allclose(-pose[:, :3, 2], forward, atol=1e-6)
     assert torch.allclose(rotation @ rotation.transpose(1, 2), torch.eye(3).expand(3, 3, 3), atol=1e-6)
@@ -1068,6 +1030,24 @@ def test_prior_and_posterior_stay_in_range():
     assert (q <= high + 1e-5).all()
     assert q[:, 1].min() > low[1]
     assert q[:, 1].max() < high[1]
+
+
+def test_posterior_is_an_affine_function_of_the_sigmoid():
+    """low + sigmoid x range; pitch has 1e-5 less on each side, and no clamp."""
+    cfg = micro()
+    generator = m.CameraGenerator(cfg).double()
+    shares = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9, 0.2], dtype=torch.float64)
+    layers = generator.origin_adaptor.main[1], generator.look_at_adaptor.main[1]
+    for layer, share in zip(layers, (shares[[0, 1, 0, 0]], shares[2:]), strict=True):
+        layer.weight.data.zero_()
+        layer.bias.data.copy_(share.logit() / layer.scale)
+
+    prior = m.Camera(*(x.double() for x in m.sample_camera_prior(cfg, 4, "cpu")))
+    posterior = generator(prior, torch.randn(4, cfg.z_dim).double(), torch.zeros(4).long())
+    low, high = m.camera_ranges(cfg).double().unbind(1)
+    expected = low + shares * (high - low)
+    expected[1] = low[1] + 1e-5 + 0.3 * (high[1] - low[1] - 2e-5)
+    assert torch.allclose(m.camera_parameters(posterior), expected.expand(4, 6), rtol=0, atol=1e-7)
 
 
 def test_emd_closed_forms():
@@ -1197,23 +1177,50 @@ def test_render_does_not_depend_on_the_chunk():
     assert torch.allclose(whole, parts, atol=1e-6)
 
 
-def test_the_cut_is_the_median():
-    """cut=True: densities below the median of an image are 0, whatever the chunk."""
+def test_the_cut_is_the_median_of_all_images_in_both_passes():
     G = m.Generator(micro()).eval().requires_grad_(False)
     planes = torch.randn(2, 3, 4, 16, 16)
+    planes[1] *= 3  # so that the median of both is neither's own
+    rays = m.camera_rays(camera(2), 16)
     _, uncut = G.render(planes, camera(2), 16)
 
-    # by hand, of all densities at once; a raw density of -inf is none
-    rgb, sigma_raw, depths = G.sample_rays(m.channels_last(planes), *m.camera_rays(camera(2), 16))
-    median = sigma_raw.flatten(1).median(1).values.view(2, 1, 1)
-    kept = sigma_raw.masked_fill(sigma_raw < median, -math.inf)
-    _, depth, _ = m.march_rays(rgb, kept, depths)
-    expected = depth.view(2, 1, 16, 16)
+    def without_fog(sigma_raw):
+        """A raw density of -inf is none."""
+        sigma = F.softplus(sigma_raw)
+        return sigma_raw.masked_fill(sigma < sigma.flatten().median(), -math.inf)
 
-    for chunk in (2**14, 100):
-        _, cut = G.render(planes, camera(2), 16, chunk=chunk, cut=True)
-        assert torch.allclose(cut, expected, atol=1e-4)
-    assert (expected - uncut).abs().max() > 1e-3
+    # by hand: of the coarse samples' densities, before the fine ones are placed, and then of all
+    size = (2, 256)
+    coarse = m.stratified_depths(0.75, 1.25, size, G.cfg.coarse_samples, False, "cpu")
+    rgb, sigma_raw = G.query(planes, *rays, coarse)
+    weights = m.ray_weights(without_fog(sigma_raw), 2 * coarse)
+    u = (torch.arange(G.cfg.fine_samples) + 0.5) / G.cfg.fine_samples
+    fine = m.importance_depths(coarse, weights, u.expand(*size, -1))
+    fine_rgb, fine_sigma = G.query(planes, *rays, fine)
+    depths, order = torch.cat([coarse, fine], -1).sort(-1)
+    rgb = torch.cat([rgb, fine_rgb], -2).gather(-2, order[..., None].expand(-1, -1, -1, 3))
+    sigma_raw = torch.cat([sigma_raw, fine_sigma], -1).gather(-1, order)
+    _, depth, _ = m.march_rays(rgb, without_fog(sigma_raw), depths)
+
+    _, found = G.render(planes, camera(2), 16, chunk=100, cut=True)
+    assert torch.allclose(found, depth.view(2, 1, 16, 16), atol=1e-4)
+    assert (found - uncut).abs().max() > 1e-3
+
+
+def test_the_coarse_pass_counts_distance_from_near_to_far():
+    """A scene that is stretched with near and far has its fine samples at the stretched places."""
+    shares = []
+    for near, far in ((0.75, 1.25), (0.5, 2.0)):
+        G = m.Generator(micro(near=near, far=far, coarse_samples=12, fine_samples=12)).eval()
+
+        def query(planes, origins, directions, depths, near=near, far=far):
+            share = (depths - near) / (far - near)
+            return depths[..., None].expand(-1, -1, -1, 3), 4 * (9 * share).sin()
+
+        G.query = query
+        _, _, depths = G.sample_rays(torch.zeros(1), torch.zeros(1, 5, 3), torch.ones(1, 5, 3))
+        shares.append((depths - near) / (far - near))
+    assert torch.allclose(*shares, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1282,7 +1289,7 @@ def test_teacher_is_the_timm_model(teacher_weights):
 def test_teacher_refuses_what_it_cannot_load(tmp_path):
     foreign = tmp_path / "x.pth"
     torch.save({"other": torch.zeros(1)}, foreign)
-    with pytest.raises(m.UserError, match="x.pth: not weights of test_resnet"):
+    with pytest.raises(m.UserError, match="x.pth: Error.* in loading"):
         m.Teacher("test_resnet", str(foreign))
 
     damaged = tmp_path / "y.pth"
@@ -1290,7 +1297,7 @@ def test_teacher_refuses_what_it_cannot_load(tmp_path):
     with pytest.raises(m.UserError, match="y.pth"):
         m.Teacher("test_resnet", str(damaged))
 
-    with pytest.raises(m.UserError, match="resnet_of_nobody: timm has no model"):
+    with pytest.raises(m.UserError, match="resnet_of_nobody.*Unknown model"):
         m.Teacher("resnet_of_nobody")
 
 
@@ -1302,6 +1309,85 @@ def test_blur_keeps_constants_inside_and_is_off_at_the_end():
     image = torch.ones(1, 2, 32, 32)
     assert torch.allclose(m.blur(image, 2.0)[:, :, 8:24, 8:24], torch.ones(1, 2, 16, 16), atol=1e-5)
     assert m.blur(image, 0.2) is image
+
+
+def test_depth_is_blurred_twice():
+    """The variances of the two filters add up."""
+    for sigma in (10.0, 5.0, 2.5):
+        image = torch.zeros(1, 4, 129, 129)
+        image[..., 64, 64] = 1
+        profile = m.blur_patch(image, sigma)[0].sum(1)  # (4, 129), from the side
+        x = torch.arange(129) - 64.0
+        variance = (profile * x.square()).sum(1)
+        assert torch.allclose(profile.sum(1), torch.ones(4), atol=1e-4)
+
+        x = torch.arange(-math.floor(3 * sigma), math.floor(3 * sigma) + 1.0)
+        expected = []
+        for spread in (sigma, 30):
+            taps = 2 ** -(x / spread).square()
+            expected.append(float((taps * x.square()).sum() / taps.sum()))
+        assert variance.tolist() == pytest.approx([expected[0]] * 3 + [sum(expected)], rel=1e-3)
+
+    rgb = torch.rand(2, 3, 16, 16)
+    assert torch.equal(m.blur_patch(rgb, 2.0), m.blur(rgb, 2.0))  # there may be no depth
+    assert torch.equal(m.blur_patch(rgb, 0.0), rgb)
+
+
+class LinearScore(torch.nn.Module):
+    """In the place of D: its score is linear in what it sees."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.slope = torch.nn.Parameter(torch.randn(shape))
+
+    def forward(self, image, c, patch):
+        return (self.slope * image).sum((1, 2, 3)), None
+
+
+def test_r1_is_of_the_patch_before_the_blurs():
+    """The gradient goes through both of them; a blur is its own adjoint, two are in the opposite order."""
+    torch.manual_seed(0)
+    cfg = micro(depth="auto", blur_sigma=1.5, blur_kimg=100.0)
+    run = m.Run(cfg, None, torch.zeros(0), None, [], **{**m.build(cfg, CPU), "D": LinearScore((4, 8, 8))})
+    real = torch.randn(4, 4, 16, 16)
+    patch = m.Patch(torch.full([4], 0.5), torch.full([4, 2], 0.25))
+    stats = m.Averages()
+    m.discriminator_pass(run, real, torch.zeros(4).long(), patch, 1.0, 1.0, stats)
+
+    penalty = stats.result(CPU)["r1"]
+    slope = run.D.slope.detach()[None]
+    depth = m.blur(m.blur(slope[:, 3:], 1.5, spread=30), 1.5)
+    gradient = torch.cat([m.blur(slope[:, :3], 1.5), depth], 1)
+    assert penalty == pytest.approx(float(gradient.square().sum()), rel=1e-4)
+    assert penalty < 0.5 * float(slope.square().sum())
+
+    # the same by finite differences of the score, in a few pixels
+    image = m.extract_patch(real, patch, 8)
+    for pixel in ((0, 3, 3), (2, 0, 7), (3, 4, 1)):
+        step = torch.zeros(1, 4, 8, 8)
+        step[(0, *pixel)] = 1
+        ahead, _ = run.D(m.blur_patch(image + step, 1.5), None, None)
+        behind, _ = run.D(m.blur_patch(image - step, 1.5), None, None)
+        assert float((ahead - behind)[0].detach() / 2) == pytest.approx(
+            float(gradient[(0, *pixel)]), abs=1e-4
+        )
+
+
+def test_the_camera_regulariser_draws_classes_alike(monkeypatch):
+    G = m.Generator(micro(num_classes=4))
+    seen = []
+    forward = m.CameraGenerator.forward
+
+    def watched(self, prior, z, c):
+        seen.append(c)
+        return forward(self, prior, z, c)
+
+    monkeypatch.setattr(m.CameraGenerator, "forward", watched)
+    torch.manual_seed(0)
+    m.camera_regularizer(G, 1.0)
+    counts = torch.bincount(seen[0], minlength=4)
+    assert int(counts.sum()) == 256
+    assert (counts - 64).abs().max() < 30
 
 
 def test_r1_double_backward_by_finite_differences():
@@ -1357,7 +1443,7 @@ def test_one_pass_gives_the_gradients_of_both_networks():
         z, c, prior = m.draw_latents(cfg, 8, labels)
         choice = m.sample_adaptor_choice(cfg, 8, kimg)
         image, _ = m.synthesize(run.G, z, c, prior, choice, patch)
-        score, _ = run.D(m.blur(image, m.schedules(cfg, kimg)["blur_sigma"]), c, patch)
+        score, _ = run.D(m.blur_patch(image, m.schedules(cfg, kimg)["blur_sigma"]), c, patch)
         loss = F.softplus(sign * score).mean()
         (loss * 0.5).backward()
         for parameter, expected in gradients(networks[name]).items():
@@ -1369,9 +1455,9 @@ def test_gradients_that_are_not_finite_are_replaced():
     layer = m.Linear(3, 1)
     layer.weight.grad = torch.tensor([[math.nan, math.inf, -math.inf]])
     layer.bias.grad = torch.tensor([0.5])
-    finish = m.start_average(layer, torch.zeros(1))
-    bad, _ = finish()
-    assert int(bad) == 3
+    bad, mean = m.average_gradients(layer, torch.full([1], 2.0))
+    assert float(bad) == pytest.approx(3 / 5)  # of four gradients and the tensor that goes with them
+    assert float(mean) == 2
     assert layer.weight.grad.tolist() == [[0, 1e5, -1e5]]
     assert layer.bias.grad.tolist() == [0.5]
 
@@ -1459,13 +1545,12 @@ def test_rows_and_statistics_are_gathered_from_parts():
     assert torch.allclose(cov.float(), x.t().cov(), atol=1e-5)
 
 
-def own_items(n, rank=0, world=1, resolution=16):
+def own_items(n, rank=0, world=1):
     """What `own_batches` deals out to a process of n numbers, batch by batch."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(m, "RANK", rank)
         patch.setattr(m, "WORLD", world)
-        batches = m.own_batches(torch.arange(n), micro(resolution=resolution), "test")
-        return [batch.tolist() for batch in batches]
+        return [batch.tolist() for batch in m.own_batches(n, "test")]
 
 
 @pytest.mark.parametrize("n, world", [(7, 2), (8, 3), (2, 4), (50, 1)])
@@ -1473,23 +1558,55 @@ def test_work_is_dealt_out_in_order(n, world):
     parts = []
     for rank in range(world):
         own = list(itertools.chain(*own_items(n, rank, world)))
-        assert len(own) <= -(-n // world)
+        assert len(own) <= 4 * math.ceil(math.ceil(n / 4) / world)
         parts += own
     assert parts == list(range(n))
 
 
-def test_what_is_measured_at_once_is_bounded():
-    assert [len(batch) for batch in own_items(40)] == [16, 16, 8]
-    assert [len(batch) for batch in own_items(3, resolution=1024)] == [1, 1, 1]
+def test_a_call_has_4_images():
+    assert [len(batch) for batch in own_items(10)] == [4, 4, 2]
 
 
 def test_rows_of_own_batches_are_those_of_all():
     x = torch.randn(50, 3)
-    assert torch.equal(m.gather(m.own_batches(x, micro(), "test")), x)
-    mean, cov = m.running_gaussian(m.own_batches(x, micro(), "test"))
+    assert torch.equal(m.gather(x[i] for i in m.own_batches(50, "test")), x)
+    mean, cov = m.running_gaussian(x[i] for i in m.own_batches(50, "test"))
     expected_mean, expected_cov = m.gaussian(x)
     assert torch.allclose(mean, expected_mean)
     assert torch.allclose(cov, expected_cov)
+
+
+def test_flatness_is_seen_from_in_front():
+    """Two scenes: a sphere around the camera that is meant, and two walls, each in half of the picture."""
+    G = m.Generator(micro(camera="prior", coarse_samples=24, fine_samples=24)).eval()
+    centre = torch.tensor([0.0, 0.0, 1.0])  # yaw 0, pitch pi/2
+    for left, right, expected in ((1.0, 1.0, 1.0), (0.9, 1.1, 2.0)):
+
+        def query(planes, origins, directions, depths, left=left, right=right):
+            points = origins[:, :, None] + depths[..., None] * directions[:, :, None]
+            seen_right = directions[..., :1] > 0
+            wall = torch.where(seen_right, right, left)  # its distance
+            sigma = torch.where((points - centre).norm(dim=-1) > wall, 1e4, -1e4)
+            return torch.zeros(*depths.shape, 3), sigma
+
+        G.query = query
+        G.cfg = dataclasses.replace(G.cfg, prior_look_at=(0.0, 1e-6))
+        _, scores = m.measure_samples(G, torch.arange(3), None, 0, 8)
+        assert scores.tolist() == pytest.approx([expected] * 8, rel=0.02)
+
+
+def test_noise_inputs_are_random_when_measured_and_the_same_each_time():
+    G = m.Generator(micro()).eval()
+    labels = torch.arange(3)
+    detector = m.Detector("area8", CPU)
+    without, _ = m.measure_samples(G, labels, detector, 8, 0)
+    for block in G.backbone.values():
+        block.conv1.noise_strength.data.fill_(1.0)
+    first, _ = m.measure_samples(G, labels, detector, 8, 0)
+    G.backbone["b4"].conv1.noise_const.fill_(9.0)  # has no say
+    again, _ = m.measure_samples(G, labels, detector, 8, 0)
+    assert torch.equal(first, again)
+    assert (first - without).abs().max() > 1e-3
 
 
 def test_samples_are_measured_by_features_and_scores():
@@ -1508,11 +1625,12 @@ def test_samples_are_measured_by_features_and_scores():
     z, c, prior = m.draw_latents(G.cfg, 20, labels, "evaluate")
     with torch.no_grad():
         image, _ = m.synthesize(G, z, c, prior, torch.full([20], 3))
-        planes = G.backbone(G.mapping(z[:5], c[:5]))
-        _, depth = G.render(planes, m.mean_camera(G, c[:5]), 16, cut=True)
+        front = m.rows(prior, slice(4))._replace(yaw=torch.zeros(4), pitch=torch.full([4], math.pi / 2))
+        planes = G.backbone(G.mapping(z[:4], c[:4]))
+        _, depth = G.render(planes, G.pose(front, z[:4], c[:4]), 16, cut=True)
     assert torch.allclose(features, m.area8(image), atol=1e-5)
     expected = m.non_flatness_score(depth, G.cfg.near, G.cfg.far)
-    assert torch.allclose(scores, expected, rtol=1e-2)
+    assert torch.allclose(scores[:4], expected, rtol=1e-2)  # a call has 4 images
 
     # one without the other; no detector is needed for depth alone
     none, alone = m.measure_samples(G, labels, None, 0, 5)
@@ -1528,7 +1646,7 @@ def test_statistics_of_the_data_are_of_all_images_and_their_mirror_images(tmp_pa
     detector = m.Detector("area8", CPU)
     features = []
     for item in map(m.MirroredData(data).__getitem__, range(32)):
-        features.append(detector(m.real_images(m.collate([item]), "cpu")))
+        features.append(detector(m.real_images(torch.utils.data.default_collate([item]), "cpu")))
     mean, cov = m.running_gaussian(m.real_parts(cfg, data, detector, CPU, 0))
     expected_mean, expected_cov = m.gaussian(torch.cat(features))
     assert mean.shape == (192,)
@@ -1687,9 +1805,9 @@ def test_run_folder_has_everything(tmp_path):
     assert json.loads((out / "config.json").read_text())["num_classes"] == 8
 
     expected = """
-        kimg images_per_second memory_mb unreadable schedules
+        kimg images_per_second memory_mb schedules
         loss_g loss_d_fake loss_d_real score_real score_fake nonfinite_g nonfinite_d
-        camera_mean camera_std camera_emd depth_choice near_offset
+        camera_mean camera_std camera_emd
     """
     assert set(lines_of_training(out)[-1]) >= set(expected.split())
     assert math.isfinite(log(out)[0]["r1"])
@@ -1697,7 +1815,7 @@ def test_run_folder_has_everything(tmp_path):
     # Before the first step and after the last one.
     first, last = log(out, "metrics")
     for line in (first, last):
-        assert set(line) >= {"fd32[area8]", "nfs8"}
+        assert set(line) >= {"fid32[area8]", "nfs8"}
 
 
 def test_distillation_pulls_the_features_to_the_teacher(tmp_path, teacher_weights):
@@ -1745,7 +1863,7 @@ def test_the_tiny_preset_learns(tmp_path):
     options = flags(out=tmp_path / "run", kimg=0.32, metrics="fid128", reals=128, workers=1)
     assert m.main(options) == 0
 
-    first, last = (line["fd128[area8]"] for line in log(tmp_path / "run", "metrics"))
+    first, last = (line["fid128[area8]"] for line in log(tmp_path / "run", "metrics"))
     assert last < first / 2.5
 
 
@@ -1801,21 +1919,19 @@ HEALTHY = dict(
     nonfinite_d=0.0,
 )
 TOLD_APART = [
-    (dict(nonfinite_g=2000), "2% of the gradients"),
-    (dict(nonfinite_d=60), "6% of the gradients"),
+    (dict(nonfinite_g=0.02), "2% of the gradients"),
+    (dict(nonfinite_d=0.06), "6% of the gradients"),
     (dict(loss_d_real=math.nan), "not finite"),
     (dict(score_fake=-60.0), "saturated, its mean score is -60"),
     (dict(fake_std=0.03), "constant"),
-    (dict(loss_g=12.0), "G's loss"),
-    (dict(r1=50.0), "R1 jumped to 50"),
     ({}, ""),
-    (dict(nonfinite_g=500, loss_g=5.0, r1=3.0, fake_std=0.1, score_real=20.0), ""),
+    (dict(nonfinite_g=0.005, loss_g=5.0, r1=3.0, fake_std=0.1, score_real=15.0), ""),
 ]
 
 
 @pytest.mark.parametrize("change, reason", TOLD_APART, ids=str)
 def test_the_guard_tells_divergence_from_bad_luck(change, reason):
-    found = m.diagnose({**HEALTHY, **change}, [HEALTHY] * 20, micro(), (100_000, 1000))
+    found = m.diagnose({**HEALTHY, **change}, [HEALTHY] * 20)
     assert bool(found) == bool(reason)
     assert reason in found
 
@@ -1881,7 +1997,7 @@ def test_a_spoiled_run_goes_back_and_on(tmp_path, monkeypatch, capsys, how):
     assert state["step"] == 25
     lines = lines_of_training(out)
     assert lines[-1]["kimg"] == 0.4
-    assert not m.diagnose(lines[-1], lines[:-1], micro(), (1000, 1000))
+    assert not m.diagnose(lines[-1], lines[:-1])
     for name, value in flatten(state["G_ema"]).items():
         assert value.isfinite().all(), name
 
@@ -1891,23 +2007,21 @@ def test_the_guard_gives_up_in_the_end(tmp_path, monkeypatch, capsys):
     options = flags(**{**MICRO, "kimg": 0.4, "snapshot_kimg": 0.032})
     status, err = run_main(capsys, "--out", tmp_path, *options)
     assert status == 2
-    assert err.count("; back to checkpoint") == 3
-    assert "after 3 recoveries" in err.splitlines()[-1]
+    assert err.count("; back to checkpoint") == 5
+    assert "after 5 recoveries" in err.splitlines()[-1]
 
     # What is saved tells of them, so that a restart does not begin to count anew.
     recoveries = checkpoint(tmp_path)["config"]["recoveries"]
-    assert len(recoveries) == 3
+    assert len(recoveries) == 5
     assert lines_of_recovery(tmp_path)[-1]["kimg"] == recoveries[-1] < 0.192
 
 
-def test_the_guard_gives_up_when_checkpoints_are_far_apart(tmp_path, monkeypatch, capsys):
-    """Further than tries_kimg: the way from a checkpoint to the divergence."""
-    monkeypatch.setattr(m, "GUARD", dataclasses.replace(m.GUARD, tries_kimg=0.05))
-    spoil(monkeypatch, "nan", times=100)
-    options = flags(**{**MICRO, "kimg": 0.4, "snapshot_kimg": 0.16})
-    status, err = run_main(capsys, "--out", tmp_path, *options)
-    assert status == 2
-    assert "after 3 recoveries" in err.splitlines()[-1]
+def test_a_recovery_finds_the_oldest_checkpoint_where_none_is_healthy(tmp_path, monkeypatch, capsys):
+    """More snapshots than are kept lie between two lines of the log."""
+    spoil(monkeypatch, "nan", at=12)
+    train_micro(tmp_path, kimg=0.4, snapshot_kimg=0.016, log_kimg=0.2)
+    assert "back to checkpoint-000000.080.pt" in capsys.readouterr().err
+    assert checkpoint(tmp_path)["step"] == 25
 
 
 def test_the_guard_can_be_off(tmp_path, monkeypatch):
@@ -2016,14 +2130,14 @@ def test_a_damaged_or_foreign_checkpoint_is_one_line_and_runs_nothing(bad_checkp
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize(
-    "phase", ["collate", "synthesize", "march_rays", "write_samples", "evaluate", "save"]
+    "phase", ["real_images", "synthesize", "march_rays", "write_samples", "evaluate", "save"]
 )
 def test_a_signal_at_any_time_saves_and_the_run_goes_on(tmp_path, monkeypatch, phase, signum):
     """In the second step or what follows it: drawing data, forward pass, saving, sampling, measuring."""
     where = torch if phase == "save" else m
     real = getattr(where, phase)
     # Calls are counted from when the run catches signals. The 70th rays are of a sample that is measured.
-    at = dict(collate=2, synthesize=3, march_rays=70).get(phase, 1)
+    at = dict(real_images=2, synthesize=3, march_rays=70).get(phase, 1)
     before = signal.getsignal(signum)
     calls = 0
 
@@ -2062,9 +2176,8 @@ def test_auto_resumes_what_is_there(tmp_path, capsys):
     capsys.readouterr()
     assert m.main(["--resume", "auto", *again]) == 0
     assert "finished already" in capsys.readouterr().out
-    status, err = run_main(capsys, "--resume", "latest", *again)
-    assert status == 2
-    assert "has seen 0.032 already" in err
+    assert m.main(["--resume", "latest", *again]) == 0
+    assert "finished already" in capsys.readouterr().out
     assert files == {path: path.stat().st_mtime_ns for path in out.iterdir()}
 
 
@@ -2148,7 +2261,7 @@ def step(run, batch, stats):
 
 
 m.training_step = step
-m.leave(m.main())
+sys.exit(m.main())
 """
 
 
@@ -2187,7 +2300,6 @@ def test_data_that_are_gone_end_the_run(tmp_path, monkeypatch, capsys):
         return real(run, batch, stats)
 
     monkeypatch.setattr(m, "training_step", step)
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # before a file is read again
     options = flags(**{**MICRO, "data": root, "depth": "none"})
     status, err = run_main(capsys, "--out", tmp_path / "run", *options)
     assert status == 2
@@ -2334,8 +2446,8 @@ def test_a_spoiled_tiny_run_ends_as_good(tmp_path, monkeypatch, how):
     (event,) = lines_of_recovery(ill)
     assert 4.8 <= event["diverged"] <= 5.06
 
-    distance = log(healthy, "metrics")[-1]["fd1k[area8]"]
-    assert log(ill, "metrics")[-1]["fd1k[area8]"] < 1.2 * distance
+    distance = log(healthy, "metrics")[-1]["fid1k[area8]"]
+    assert log(ill, "metrics")[-1]["fid1k[area8]"] < 1.2 * distance
 
 
 def shell(command):
@@ -2455,12 +2567,12 @@ BAD_INPUT = [
     (["--data", "EMPTY"], "no images"),
     (
         ["--data", "PHOTOS", "--depth-weights", "nowhere.pth"],
-        "nowhere.pth: no such file; or train with --depth none",
+        "no depth, see above",
     ),
     (["--resolution", "48"], "--resolution 48: must be a power of two"),
     (["--patch-resolution", "64"], "larger than --resolution"),
     (["--batch-size", "6"], "multiple of 4"),
-    (["--batch-gpu", "6"], "a pass of 1 processes has 2, but must have a multiple of 4"),
+    (["--batch-gpu", "6"], "2 images in a pass are not a multiple of 4"),
     (["--kimg", "0"], "--kimg 0.0: must be positive"),
     (["--r1-gamma", "nan"], "--r1-gamma: not a finite number"),
     (["--seed", "-1"], "--seed: must not be negative"),
@@ -2469,12 +2581,12 @@ BAD_INPUT = [
     (["--frobnicate", "3"], "--help"),
     (["paint"], "paint"),
     (["--device", "gpu"], "invalid choice"),
-    (["--teacher", "nonsense_net"], "no model of that name"),
+    (["--teacher", "nonsense_net"], "Unknown model"),
     (["--resume", "missing.pt"], "missing.pt: no such file"),
     (["--resume", "latest", "--out", "EMPTY"], "no checkpoint"),
     (["--resume", "GARBAGE"], "not a readable"),
     (["--metrics", "fid50x"], "--metrics fid50x: must be fid, is or nfs"),
-    (["--metrics", "is2k"], "area8 gives no class probabilities"),
+    (["--metrics", "is2k"], "area8 has no classes"),
     (["--detector", "GARBAGE"], "not TorchScript in the field's format"),
     (["--detector", "nowhere.pt"], "nowhere.pt is not there"),
 ]
@@ -2515,14 +2627,14 @@ def test_batch_that_does_not_fit_the_processes():
         m.validate(micro(), 3)
 
 
-def test_checkpoint_of_another_configuration_names_the_fields(tmp_path, capsys):
+def test_what_does_not_fit_a_checkpoint_is_refused(tmp_path, capsys):
     out = train_micro(tmp_path / "run", kimg=0.016)
-    changes = ("--z-dim", 16, "--r1-gamma", 3)
-    status, err = run_main(capsys, "--resume", "latest", "--out", out, *changes)
-    assert status == 2
-    assert "z_dim (there 8, here 16)" in err
-    assert "r1_gamma" in err
-    assert "batch_size" not in err
+    config = (out / "config.json").read_bytes()
+    for change, message in ((("--z-dim", 16), "do not fit"), (("--preset", "small"), "start a new run")):
+        status, err = run_main(capsys, "--resume", "latest", "--out", out, *change)
+        assert status == 2
+        assert message in err
+    assert (out / "config.json").read_bytes() == config
 
     torch.save({"model": torch.zeros(1)}, tmp_path / "other.pt")
     status, err = run_main(capsys, "--resume", tmp_path / "other.pt")
@@ -2601,7 +2713,7 @@ def test_photographs_to_training_with_a_checkpoint_of_the_released_format(tmp_pa
     expected = [[f"cat/{i}.png", 0] for i in range(4)] + [[f"dog/{i}.png", 1] for i in range(4)]
     assert json.loads(out["dataset.json"])["labels"] == expected
     assert out["skipped.txt"] == b""
-    assert {"depth.png", "dog/3.png", "dog/3_depth.png"} <= set(out)
+    assert {"all_depth.png", "dog/3.png", "dog/3_depth.png"} <= set(out)
     assert len(out) == 20
     depth = m.read_depth(out["cat/0_depth.png"])
     assert depth.shape == (16, 16)
@@ -2636,8 +2748,7 @@ def test_training_on_raw_photographs_prepares_them_once(tmp_path, monkeypatch, c
 
     for run, prepares in (("one", True), ("two", False)):
         train_micro(tmp_path / run, data=root, depth_weights=leres_file, kimg=0.016)
-        last_line_of_a_preparation = "s of it for the network"
-        assert (last_line_of_a_preparation in capfd.readouterr().out) == prepares
+        assert (": 4 images in" in capfd.readouterr().out) == prepares
 
     assert len(list(root.iterdir())) == 3
     assert (tmp_path / "one" / "reals.png").exists()
@@ -2699,7 +2810,7 @@ def test_all_that_can_be_read_is_prepared(tmp_path, weights):
     assert prepare(source, tmp_path / "out.zip", "--resolution", 32, "--weights", weights) == 0
     skipped = (tmp_path / "out.skipped.txt").read_text().splitlines()
     assert [line.split("\t")[0] for line in skipped] == ["cut.jpg", "empty.png", "text.jpg"]
-    assert (tmp_path / "out.depth.png").exists()
+    assert (tmp_path / "out.all_depth.png").exists()
     assert not (tmp_path / "out.unfinished").exists()
 
     # What was prepared is read without complaint, under names that differ.
@@ -2708,11 +2819,12 @@ def test_all_that_can_be_read_is_prepared(tmp_path, weights):
     assert data.num_classes == 0
     assert {"whole.png", "whole_png.png", "Übergröße 猫.png"} <= set(data.names)
     for i in range(9):
-        assert not data[i]["bad"]
+        data[i]
+    assert not data.unreadable
 
     # A camera that was held upright says so in the EXIF data.
     turned = data[data.names.index("turned.png")]["image"].float().mean(0)
-    upright = m.crop_resize(photo((60, 20)).rotate(-90, expand=True), 32, PIL.Image.LANCZOS)
+    upright = PIL.ImageOps.fit(photo((60, 20)).rotate(-90, expand=True), (32, 32), PIL.Image.LANCZOS)
     assert np.abs(turned.numpy() - np.asarray(upright).mean(-1)).mean() < 4
 
 
@@ -3168,7 +3280,7 @@ def test_animations_start_and_end_at_the_mean_camera_and_are_consistent(kind):
 
     # A frame shows what the one before it shows, moved.
     for i in (0, 12, 30):
-        psnr, seen = reprojection_psnr(G, planes, m.rows(path, i, i + 1), m.rows(path, i + 1, i + 2), 64)
+        psnr, seen = reprojection_psnr(G, planes, m.rows(path, [i]), m.rows(path, [i + 1]), 64)
         assert psnr > 30
         assert seen > 0.15
 
@@ -3189,7 +3301,7 @@ def test_report_is_one_page_that_escapes_what_it_shows(run, tmp_path):
     assert "run<1>" not in page
     assert "<script>alert" not in page
     assert "http" not in page
-    for title in ("loss_g", "fd16[area8]", "images_per_second", "look_at_radius", "z_dim"):
+    for title in ("loss_g", "fid16[area8]", "images_per_second", "look_at_radius", "z_dim"):
         assert title in page
     assert page.count("data:image/png;base64,") == len(list(run.glob("samples-*.png")))
     # What is no number leaves a gap.
@@ -3284,7 +3396,7 @@ def test_evaluate_on_two_processes_gives_what_one_gives(run, capsys, tmp_path):
         expected = value if name == "data" else pytest.approx(value, rel=1e-4, abs=1e-7)
         assert two[name] == expected, name
 
-    assert one.keys() >= {"fd33[stub]", "kd33[stub]", "score33[stub]", "precision33[stub]", "nfs9"}
+    assert one.keys() >= {"fid33[stub]", "kid33[stub]", "is33[stub]", "precision33[stub]", "nfs9"}
     cameras = {"camera_w1_posterior", "camera_w1_prior"}
     depths = {"depth_error_raw", "depth_error_render", "depth_error_adapted"}
     assert one.keys() >= cameras | depths
@@ -3294,7 +3406,7 @@ def test_evaluate_on_two_processes_gives_what_one_gives(run, capsys, tmp_path):
     shutil.copy(run.parent / "stub.pt", inception)
     capsys.readouterr()
     assert tool("evaluate").main([*argv, "--detector", str(inception)]) == 0
-    assert log(run, "metrics")[-1]["fid33"] == pytest.approx(one["fd33[stub]"], rel=1e-6)
+    assert log(run, "metrics")[-1]["fid33"] == pytest.approx(one["fid33[stub]"], rel=1e-6)
     assert " fid33 " in capsys.readouterr().out
 
 
@@ -3303,7 +3415,7 @@ def test_a_timm_model_can_be_the_detector(teacher_weights):
     """What it returns is what timm's model does."""
     open_detector = tool("evaluate").open_detector
     detector = open_detector(f"timm:test_resnet:{teacher_weights}", CPU, ["fid", "is"])
-    assert detector.label == "test_resnet"
+    assert detector.label == "[test_resnet]"
     found = detector(2 * torch.rand(2, 4, 64, 64) - 1)
     features = found[:, : detector.width]
     probabilities = found[:, detector.width :]
@@ -3315,7 +3427,7 @@ def test_a_timm_model_can_be_the_detector(teacher_weights):
     assert open_detector("inception", CPU, ["nfs"]) is None
     with pytest.raises(m.UserError, match="no class probabilities"):
         open_detector("area8", CPU, ["fid", "is"])
-    with pytest.raises(m.UserError, match="nobody: timm has no model"):
+    with pytest.raises(m.UserError, match="nobody.*Unknown model"):
         open_detector("timm:nobody", CPU, ["fid"])
 
 
@@ -3455,13 +3567,15 @@ def golden_config(**changes):
 
 def golden_camera(d, prefix):
     yaw, pitch = d[f"{prefix}/angles"][:, :2].unbind(1)
-    return m.Camera(yaw, pitch, d[f"{prefix}/fov"], d[f"{prefix}/radius"], d[f"{prefix}/look_at"])
+    look_at = d[f"{prefix}/look_at"].unbind(1)
+    return m.Camera(yaw, pitch, d[f"{prefix}/fov"], *look_at, d[f"{prefix}/radius"])
 
 
 @reference
 def test_reference_camera():
     d = load("camera")
-    cameras = m.Camera(d["yaw"], d["pitch"], d["fov_degrees"], d["radius"], d["look_at_yaw_pitch_radius"])
+    look_at = d["look_at_yaw_pitch_radius"].unbind(1)
+    cameras = m.Camera(d["yaw"], d["pitch"], d["fov_degrees"], *look_at, d["radius"])
     agree(m.cam2world(cameras), d["cam2world"])
 
     patch = m.Patch(d["patch_scale"], d["patch_offset_xy"])

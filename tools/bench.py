@@ -51,7 +51,10 @@ def memory(device, reset=False):
     elif reset and sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)  # gives back what is free
         Path("/proc/self/clear_refs").write_text("5")
-    return tdgp.memory_mb(device) * 2**20
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")  # of Linux
+    return int(status.read_text().split("VmHWM:")[1].split()[0]) * 2**10 if status.exists() else math.nan
 
 
 class Operations(TorchDispatchMode):
@@ -121,21 +124,16 @@ class Stopwatch:
         loss.backward = phase(loss.backward)
         return loss, log
 
-    def watch_average(self, start_average, *args):
-        """`start_average`, and the function that it returns, which ends the averaging."""
-        return self.phase("waiting for others")(self.phase("waiting for others")(start_average)(*args))
-
     def watch(self):
         """-> context in which what `training_step` calls is put down to phases: it is wrapped from outside"""
         replacements = (
             (tdgp, "generator_pass", self.phase("D on fakes, G backward")(tdgp.generator_pass)),
             (tdgp, "synthesize", self.phase("G forward")(tdgp.synthesize)),
             (tdgp, "camera_regularizer", functools.partial(self.watch_regularizer, tdgp.camera_regularizer)),
-            (tdgp, "start_average", functools.partial(self.watch_average, tdgp.start_average)),
+            (tdgp, "average_gradients", self.phase("waiting for others")(tdgp.average_gradients)),
             (tdgp, "discriminator_pass", self.phase("D on reals")(tdgp.discriminator_pass)),
             (tdgp.Teacher, "forward", self.phase("teacher")(tdgp.Teacher.forward)),
             (torch.optim.Adam, "step", self.phase("optimisers")(torch.optim.Adam.step)),
-            (tdgp, "update_average", self.phase("EMA")(tdgp.update_average)),
         )
         context = contextlib.ExitStack()
         for owner, name, replacement in replacements:
@@ -147,7 +145,7 @@ class Stopwatch:
         self.run.step = number
         self.spent = {}
         with self.phase("drawing data"):
-            batch = tdgp.collate([self.run.data[i] for i in range(self.images)])
+            batch = torch.utils.data.default_collate([self.run.data[i] for i in range(self.images)])
         with self.watch(), self.phase("other"):
             tdgp.training_step(self.run, batch, tdgp.Averages())
         return self.spent
@@ -346,4 +344,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    tdgp.leave(main())
+    sys.exit(main())

@@ -118,7 +118,7 @@ def measure(G, data, labels, metrics, detector, reals):
     label = detector.label if detector else ""
     width = slice(detector.width if detector else None)
     for kind, count, n in metrics:
-        name = tdgp.metric_name(kind, count, label)
+        name = f"{kind}{count}" + (label if kind != "nfs" else "")
         if kind == "fid":
             gaussian = tdgp.gaussian(fake[:n, width])
             found[name] = tdgp.frechet_distance((mean[width], cov[width, width]), gaussian)
@@ -128,8 +128,8 @@ def measure(G, data, labels, metrics, detector, reals):
             found[name] = tdgp.inception_score(fake[:n, detector.width :])
         elif kind == "pr":
             precision, recall = precision_recall(real[:n, width], fake[:n, width])
-            found[tdgp.metric_name("precision", count, label)] = precision
-            found[tdgp.metric_name("recall", count, label)] = recall
+            found[f"precision{count}{label}"] = precision
+            found[f"recall{count}{label}"] = recall
         else:
             found[name] = float(flat[:n].mean())
     return found
@@ -152,7 +152,7 @@ def evaluate_truth(G, data, labels, n=512):
     ]  # as item i draws it
     cameras = compare_cameras(prior, posterior, torch.from_numpy(np.stack(true)).to(z.device))
 
-    batch = tdgp.collate([data[i] for i in range(n)])
+    batch = torch.utils.data.default_collate([data[i] for i in range(n)])
     real = tdgp.real_images(batch, z.device)  # (n, 3 or 4, R, R)
     true_depth = batch["true_depth"].to(z.device)  # (n, 1, R, R)
     image, depth = render_samples(G, z, c, posterior)
@@ -187,7 +187,7 @@ def render_samples(G, z, c, camera, part=16):
     for start in range(0, len(z), part):
         stop = start + part
         planes = G.backbone(G.mapping(z[start:stop], c[start:stop]))
-        image, depth = G.render(planes, tdgp.rows(camera, start, stop), G.cfg.resolution)
+        image, depth = G.render(planes, tdgp.rows(camera, slice(start, stop)), G.cfg.resolution)
         images.append(image)
         depths.append(depth)
     return torch.cat(images), torch.cat(depths)
@@ -227,8 +227,9 @@ class TimmDetector:
     """A timm model in the place of tdgp.Detector: features, then class probabilities."""
 
     def __init__(self, name, device):
-        _, self.label, weights = f"{name}:".split(":")[:3]
-        self.net = tdgp.Teacher(self.label, weights).to(device)
+        _, name, weights = f"{name}:".split(":")[:3]
+        self.label = f"[{name}]"  # what stands behind the names of metrics
+        self.net = tdgp.Teacher(name, weights).to(device)
         self.width = self.net.dim
 
     def __call__(self, image):
@@ -289,4 +290,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    tdgp.leave(main())
+    sys.exit(main())

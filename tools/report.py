@@ -110,7 +110,7 @@ def read_curves(folder):
         # The mean of each camera parameter, and its standard deviation as a band.
         means = row.get("camera_mean", [])
         spreads = row.get("camera_std", [])
-        for title, mean, spread in zip(tdgp.CAMERA_PARAMETERS, means, spreads, strict=False):
+        for title, mean, spread in zip(tdgp.Camera._fields[:6], means, spreads, strict=False):
             add_point(curves, ("Camera posterior", title), row.get("kimg"), mean, spread)
     return curves
 
@@ -322,4 +322,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    tdgp.leave(main())
+    sys.exit(main())

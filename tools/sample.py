@@ -84,7 +84,9 @@ def draw_samples(G, classes, seeds, options):
         tdgp.seed_draws(G.cfg.seed, -1, "mean w", 0)
         many = torch.randn(4096, G.cfg.z_dim).to(device)
         mean_w = G.mapping(many, c.expand(4096)).mean(0, keepdim=True)
-        mean_camera = tdgp.mean_camera(G, c)
+        prior = tdgp.sample_camera_prior(G.cfg, 64, device)
+        posterior = G.pose(prior, many[:64], c.expand(64))
+        mean_camera = tdgp.Camera(*(x.mean(0, keepdim=True) for x in posterior))
 
         for seed in seeds:
             # A seed's draws do not depend on the class. Made on the CPU, they are the same on all devices.
@@ -120,7 +122,7 @@ def camera_path(kind, start, n, angle):
 
     pitch = (start.pitch + angle * pitch).clamp(0.05, math.pi - 0.05)
     moved = start._replace(yaw=start.yaw + angle * yaw, pitch=pitch, fov=start.fov * fov)
-    return tdgp.Camera(*(x.expand(n, *x.shape[1:]) for x in moved))
+    return tdgp.Camera(*(x.expand(n) for x in moved))
 
 
 def write_walk(G, stops, path, options):
@@ -134,7 +136,7 @@ def write_walk(G, stops, path, options):
     cameras = camera_path(options.video, tdgp.make_camera(parameters), len(ws), options.angle)
     frames = []
     for i, w in enumerate(tqdm(ws.split(1), "walk", unit="frame")):
-        views = tdgp.render_views(G, G.backbone(w), tdgp.rows(cameras, i, i + 1), options.resolution, dim=2)
+        views = tdgp.render_views(G, G.backbone(w), tdgp.rows(cameras, [i]), options.resolution, dim=2)
         frames.append(tdgp.tile(views, 1))
     write_animation(frames, path, options.fps)
 
@@ -260,7 +262,7 @@ def write_cameras(G, path, n=16384):
     image = Image.new("RGB", (960, 480), "white")
     draw = ImageDraw.Draw(image)
     font = ImageFont.load_default(14)
-    for i, (name, (low, high)) in enumerate(zip(tdgp.CAMERA_PARAMETERS, ranges, strict=True)):
+    for i, (name, (low, high)) in enumerate(zip(tdgp.Camera._fields[:6], ranges, strict=True)):
         # Three histograms a row; x, y is the lower left corner of the bars.
         x = 320 * (i % 3) + 16
         y = 240 * (i // 3) + 210
@@ -338,13 +340,11 @@ def sample(options):
 
 def main(argv=None):
     """-> exit status"""
-
-    def work():
-        given = tdgp.parse_options(SampleOptions, "sample.py", __doc__.splitlines()[0], argv)
-        sample(SampleOptions(**given))
-
-    return tdgp.run_program("sample.py", work)
+    texts = "sample.py", __doc__.splitlines()[0], argv
+    return tdgp.run_program(
+        "sample.py", lambda: sample(SampleOptions(**tdgp.parse_options(SampleOptions, *texts)))
+    )
 
 
 if __name__ == "__main__":
-    tdgp.leave(main())
+    sys.exit(main())

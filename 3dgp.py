@@ -6,24 +6,25 @@
 
 Method: Skorokhodov et al., "3D generation on ImageNet", ICLR 2023. The way of one sample from z to the loss:
 
-    draw_latents                  a latent z, a class, a camera of the prior
-    CameraGenerator.forward       prior camera, z, class -> posterior camera
+    training_step                 one update of G, D and the moving average, by all that follows
+    sample_patch                  a random patch of the image, the same for samples and photographs
+    draw_latents                  a latent z, a class, a camera of the prior (in generator_pass)
+    CameraGenerator.forward       prior camera, z, class -> posterior camera (in synthesize)
     MappingNetwork.forward        z, class -> w
     TriplaneBackbone.forward      w -> three planes of features
-    sample_patch, camera_rays     a random patch of the image -> a ray through each of its pixels
+    camera_rays                   a ray through each pixel of the patch (in Generator.render)
     Generator.sample_rays         points on the rays, evenly first, then where those found something
     query_triplane                their features in the planes -> colour and density
     march_rays                    -> RGB and depth of the patch
     DepthAdaptor.forward          rendered depth -> depth as an estimator might have given it
-    blur_patch                    RGB and depth, blurred at first
-    Discriminator.forward         -> a score
-    generator_pass                the score -> the losses of both networks, and their gradients
-    discriminator_pass            the same for photographs, with distillation and R1
-    training_step                 all of this, then one update of each network and of the moving average
+    blur_patch                    RGB and depth, blurred at first (in generator_pass)
+    Discriminator.forward         -> a score; from it the losses of G, and of D on samples
+    camera_regularizer            what keeps the cameras wide
+    discriminator_pass            the score of photographs, distillation, R1
 
-Sections: config, data, ops, camera, rendering, generator, discriminator, losses, metrics, training, pictures,
-main. Shapes: B batch, P patch resolution, T tri-plane resolution, C its features, N points, R rays, S samples
-on a ray. Images are float in [-1, 1], depth in world units, angles in radians but fov in degrees.
+Shapes: B batch, R image resolution (in rendering: rays), P patch resolution, T tri-plane resolution, C its
+features, N points, S samples on a ray. Images, estimated and adapted depth are in [-1, 1], rendered depth is
+in world units, angles are in radians but fov in degrees.
 """
 
 import argparse
@@ -80,8 +81,8 @@ class Config:
     data: str = opt("shapes", "shapes, imagenet, dogs, elephants, horses, or a folder or zip of images")
     out: str = opt("", "run folder (empty: runs/<data>)")
     preset: str = opt("", "model size (empty: the one for --data)", "tiny", "small", "base", "imagenet")
-    resume: str = opt("", "'latest' (of --out), a checkpoint, or 'auto': latest if any, else a new run")
-    seed: int = opt(0, "all draws of a run are a function of this and the step")
+    resume: str = opt("", "a checkpoint, or 'latest' of --out, or 'auto': that if any, else a new run")
+    seed: int = opt(0, "all draws of a run are a function of this, the step and the pass")
     device: str = opt("auto", "auto takes the GPU if there is one", "auto", "cuda", "cpu")
     workers: int = opt(4, "data loading processes per training process (0: load in the training process)")
     mirror: bool = opt(True, "horizontal flips double the data")
@@ -89,9 +90,9 @@ class Config:
     depth_weights: str = opt("", "LeReS checkpoint for photographs without depth (empty: downloaded once)")
     depth_distortion: float = opt(1.0, "shapes only: how wrong 'estimated' depth is (0: a copy of the truth)")
 
-    # sizes; the first two are set from the data and the teacher
-    num_classes: int = opt(0, "number of classes (0: none)")
-    teacher_dim: int = opt(0, "size of the teacher's features (0: no distillation head)")
+    # sizes; the first two are no options, they are set from the data and the teacher
+    num_classes: int = 0  # 0: none
+    teacher_dim: int = 0  # size of the teacher's features; 0: no distillation head
     resolution: int = opt(256, "image resolution")
     patch_resolution: int = opt(64, "patch resolution: what is rendered and what the discriminator sees")
     triplane_resolution: int = opt(512, "tri-plane resolution T")
@@ -124,12 +125,12 @@ class Config:
     depth_adaptor: str = opt("random", "how often D sees adapted depth", "random", "never", "half", "always")
     adaptor_kimg: float = opt(10_000, "share of un-adapted depth falls from 1/4 to 0.1 over this (random)")
     teacher: str = opt("none", "frozen classifier to distil: a timm name, or none (published: resnet50)")
-    teacher_weights: str = opt("", "local file with the teacher's weights (empty: timm downloads them)")
+    teacher_weights: str = opt("", "local file of its weights; without --teacher of tf_efficientnet_lite0")
     kd_weight: float = opt(1.0, "initial weight of the distillation")
     kd_kimg: float = opt(100_000, "the distillation's weight falls to 0 over this")
 
     # patches, blur, noise
-    patch_beta: tuple[float, float] = opt((0.001, 0.8), "Beta(1, b) of the patch scale (0: whole images)")
+    patch_beta: tuple[float, float] = opt((0.001, 0.8), "Beta(1, b) of patch scale (near 0: whole images)")
     patch_kimg: float = opt(10_000, "b grows over this")
     blur_sigma: float = opt(10.0, "blur of everything the discriminator sees at the start, in pixels")
     blur_kimg: float = opt(200, "the blur falls to 0 over this")
@@ -142,9 +143,9 @@ class Config:
     batch_gpu: int = opt(8, "images per pass at most: each takes gcd(this, a process's share)")
     g_lr: float = opt(0.0025, "generator's learning rate")
     d_lr: float = opt(0.002, "discriminator's learning rate")
-    r1_gamma: float = opt(0.05, "weight of R1; base, but for imagenet: 0.0002 x resolution² / batch size")
+    r1_gamma: float = opt(0.05, "weight of R1 (imagenet's; in base else 0.0002 x resolution² / batch size)")
     r1_interval: int = opt(16, "R1 is computed every so many steps")
-    ema_kimg: float = opt(20, "half life of the generator's moving average; base: 0.3125 x batch size")
+    ema_kimg: float = opt(20, "half life of the generator's moving average (in base 0.3125 x batch size)")
     ema_rampup: float = opt(0.05, "the half life is at most this share of the images seen")
     precision: str = opt("tf32", "arithmetic of the networks; on CPUs tf32 is fp32", "fp32", "tf32", "bf16")
     fused: bool = opt(True, "look points up with custom_ops.cu where it compiles, not by PyTorch alone")
@@ -169,7 +170,7 @@ PRESETS = {
         SHORT, resolution=32, patch_resolution=32, triplane_resolution=32, triplane_features=16,
         channel_base=2048, channel_max=64, adaptor_channels=16, z_dim=64, w_dim=64,
         coarse_samples=8, fine_samples=8, batch_size=8, kimg=18, r1_gamma=0.5, ema_kimg=0.5,
-        density_noise_kimg=2, adaptor_kimg=5, camera_reg_kimg=2, patch_kimg=7, blur_sigma=2.0, blur_kimg=1,
+        density_noise_kimg=2, adaptor_kimg=5, camera_reg_kimg=2, blur_sigma=2.0, blur_kimg=1,
         snapshot_kimg=4.5, log_kimg=0.25, metrics_kimg=4.5, metrics="fid1k,nfs64", detector="area8",
         reals=1024, workers=1,
     ),
@@ -177,7 +178,7 @@ PRESETS = {
         SHORT, resolution=64, patch_resolution=64, triplane_resolution=128, triplane_features=32,
         channel_base=8192, channel_max=256, z_dim=128, w_dim=128,
         coarse_samples=24, fine_samples=24, batch_size=32, kimg=400, r1_gamma=0.5, ema_kimg=4,
-        density_noise_kimg=80, adaptor_kimg=160, camera_reg_kimg=120, patch_kimg=160, blur_sigma=4.0,
+        density_noise_kimg=80, adaptor_kimg=160, camera_reg_kimg=120, blur_sigma=4.0,
         blur_kimg=10, snapshot_kimg=25, log_kimg=1, metrics_kimg=25, metrics="fid2k,nfs64", detector="area8",
         reals=2048,
     ),
@@ -195,10 +196,10 @@ DATA_PRESETS = {  # the published data sets; the small ones have a faster camera
 
 
 def make_config(given):
-    """Defaults, then the size's preset, then the data's, then the options that were given. dict -> Config"""
+    """Defaults, then the data's preset, then the size's, then the options that were given. dict -> Config"""
     data = DATA_PRESETS.get(given.get("data", "shapes"), {})
     preset = given.get("preset") or data.get("preset", "base")
-    values = {**PRESETS[preset], **data, **given, "preset": preset}
+    values = {**data, **PRESETS[preset], **given, "preset": preset}
     batch_size = max(1, values.get("batch_size", Config.batch_size))
     resolution = values.get("resolution", Config.resolution)
     values.setdefault("r1_gamma", 0.0002 * resolution**2 / batch_size)
@@ -325,8 +326,8 @@ def open_zip(path, pid):
 
 class ImageData:
     """Images of a folder or zip: flat, a folder per class, or with dataset.json; depth in `<name>_depth.png`.
-    The item of an unreadable image is the next readable one; a line names it. A UserError are a wrong layout,
-    and 100 images in a row that are unreadable."""
+    The item of an unreadable image is the next readable one; a line names it. A wrong layout, or 100 images
+    in a row that are unreadable, is a UserError."""
 
     def __init__(self, cfg, source):
         self.source = Path(source)
@@ -335,7 +336,7 @@ class ImageData:
         self.use_depth = cfg.depth != "none"
         files = self.list_files()
 
-        # Hidden files are none of ours. A map is never a photograph, nor is all_depth.png of lereS_depth.py.
+        # Hidden files are none of ours. A depth map is no photograph, nor is all_depth.png of lereS_depth.py.
         images = [f for f in sorted(files) if Path(f).suffix.lower() in IMAGE_SUFFIXES]
         images = [f for f in images if not re.search(r"(^|/)(\.[^/]|__MACOSX)", f)]
         depths = {f for f in images if f.endswith("_depth.png")}
@@ -685,7 +686,7 @@ GAIN = {leaky_relu: math.sqrt(2), F.softplus: 1.0, None: 1.0}
 
 
 class Linear(nn.Module):
-    """Equalised linear layer: weights of unit variance / lr_mult, scaled when used. (B, in) -> (B, out)"""
+    """Equalised linear layer: weights of deviation 1 / lr_mult, scaled when used. (B, in) -> (B, out)"""
 
     def __init__(self, in_features, out_features, activation=None, lr_mult=1.0, bias_init=0.0):
         super().__init__()
@@ -791,8 +792,7 @@ def custom_ops(device_type):
     except Exception as e:  # no compiler, no ninja, nowhere to write, a build that fails
         lines = str(e).splitlines() or [type(e).__name__]
         reason = max(lines, key=lambda line: "error:" in line or "not found" in line)  # the first that tells
-        what = "custom_ops.cu is not used but PyTorch's own operators, with the same results"
-        say(f"{what}: {reason}", sys.stderr)
+        say(f"custom_ops.cu is not used; PyTorch's own operators do the same: {reason}", sys.stderr)
         return None
     function.restype = ctypes.c_char_p
     return function
@@ -809,7 +809,7 @@ def call_custom_ops(planes, points, box, decoder, *rest):
     others = points, decoder, *rest
     dtypes = [torch.float32, torch.bfloat16, torch.float64]  # of the planes, as custom_ops.cu counts them
     kind = torch.promote_types(planes.dtype, torch.float32), planes.device
-    packed = ((32 if planes.is_cuda or C > 16 else 16) + 5) * 64 + 4  # numbers in TriplaneDecoder.packed()
+    packed = ((32 if planes.is_cuda or C > 16 else 16) + 5) * 64 + 4  # w1, b1 and four rows of w2; b2
     shapes_fit = (three, width) == (3, T) and points.shape[::2] == (B, 3)
     shapes_fit = shapes_fit and (len(decoder) == 0 or (C <= 32 and len(decoder) == packed))
     if not (shapes_fit and planes.dtype in dtypes and all((t.dtype, t.device) == kind for t in others)):
@@ -1018,7 +1018,7 @@ class CameraGenerator(nn.Module):
         seen = torch.cat([origin[:, :3], fov[:, None], origin[:, 3:], prior_01[:, 3:]], 1)  # (B, 8)
         look_at = self.look_at_adaptor(seen, z, c)  # (B, 4)
 
-        # Roll stays 0 and the radius is the prior's, so two of the origin's four outputs are dropped.
+        # Roll stays 0 and the radius is the prior's: two of the origin's outputs are not in the posterior.
         margin = low.new_tensor([0, 1e-5, 0, 0, 0, 0])  # pitch stays inside its range
         share = torch.cat([origin[:, :2], look_at], 1).sigmoid()  # (B, 6)
         posterior = low + margin + share * (high - low - 2 * margin)  # (B, 6)
@@ -1061,7 +1061,7 @@ def stratified_depths(near, far, shape, samples, random, device):
 def importance_depths(depths, weights, u):
     """Inverts the coarse weights' distribution. depths, weights (..., S); u (..., K) in [0, 1] -> (..., K)"""
     bins = (depths[..., 1:] + depths[..., :-1]) / 2  # (..., S-1)
-    pdf = weights[..., 1:-1] + 1e-5 + 1e-5  # (..., S-2); twice, as the reference adds it
+    pdf = weights[..., 1:-1] + 1e-5 + 1e-5  # (..., S-2); twice, as the published code adds it
     cdf = F.pad((pdf / pdf.sum(-1, keepdim=True)).cumsum(-1), (1, 0))  # (..., S-1)
 
     above = torch.searchsorted(cdf, u.contiguous(), right=True)  # (..., K)
@@ -1256,10 +1256,13 @@ class DepthAdaptor(nn.Module):
         self.layers = nn.ModuleList(Conv2d(i, width, 5, leaky_relu) for i in (1, width, width))
         self.head = Conv2d(width, 1, 1)
 
+    def normalize(self, depth):
+        near = self.near + self.near_plane_offset_raw.sigmoid() * 0.25 * (self.far - self.near)
+        return 2 * (depth - (near + self.far) / 2) / (self.far - near)
+
     def candidates(self, depth):
         """depth (B, 1, H, W) in world units -> (4, B, 1, H, W), from un-adapted to most adapted."""
-        near = self.near + self.near_plane_offset_raw.sigmoid() * 0.25 * (self.far - self.near)
-        x = [2 * (depth - (near + self.far) / 2) / (self.far - near)]
+        x = [self.normalize(depth)]
         for layer in self.layers:
             x.append(layer(x[-1]))
         return torch.stack([x[0], *map(self.head, x[1:])])
@@ -1269,8 +1272,14 @@ class DepthAdaptor(nn.Module):
         return self.candidates(depth)[self.level]
 
     def forward(self, depth, choice):
-        """depth (B, 1, H, W), candidate of each sample int64 (B,) -> (B, 1, H, W)"""
-        return self.candidates(depth)[choice, torch.arange(len(choice))]
+        """depth (B, 1, H, W), candidate of each sample int64 (B,), on the CPU -> (B, 1, H, W)"""
+        order = choice.argsort(descending=True)  # a layer sees the samples that go on to it, which come first
+        x = out = self.normalize(depth)[order]
+        for level, layer in enumerate(self.layers, 1):
+            n = int((choice >= level).sum())
+            x = layer(x[:n])
+            out = torch.cat([self.head(x), out[n:]])
+        return out[order.argsort()]  # candidates(depth)[choice], sample by sample
 
 
 def sample_adaptor_choice(cfg, n, kimg):
@@ -1340,7 +1349,7 @@ class Generator(nn.Module):
 
     def render(self, planes, camera, resolution, patch=None, chunk=2**14, cut=False):
         """planes (B, 3, C, T, T), a Camera and, maybe, a Patch of B -> rgb (B, 3, H, W), depth (B, 1, H, W)
-        Evaluation: `chunk` rays at a time, to bound memory. cut: all, and densities below the median are 0"""
+        Evaluation: `chunk` rays at a time, to bound memory, but with cut: densities below the median are 0"""
         B = len(planes)
         origins, directions = camera_rays(camera, resolution, patch)  # (B, R, 3)
         size = origins.shape[1] if self.training or cut else max(1, chunk // B)
@@ -1355,7 +1364,7 @@ class Generator(nn.Module):
 
 
 def draw_latents(cfg, n, labels, phase=""):
-    """n draws of z ~ N(0, I), a class by the data's labels (N,), a prior camera; the same ones in a phase."""
+    """n draws of z ~ N(0, I), a class out of labels (N,), a prior camera; with a phase always the same."""
     if phase:
         seed_draws(cfg.seed, -1, phase, 0)
     z = torch.randn(n, cfg.z_dim, device=labels.device)  # (n, z_dim)
@@ -1392,7 +1401,7 @@ def synthesize(G, z, c, prior, choice, patch=None):
 
 
 class PatchEncoder(nn.Module):
-    """Scale and offset, each as sines, cosines and a learned embedding of 1000 x value. (B, 3) -> (B, 828)"""
+    """Scale, offset, each as 10 sines, 10 cosines, 256 learned numbers of 1000 x value. (B, 3) -> (B, 828)"""
 
     def __init__(self):
         super().__init__()
@@ -1415,7 +1424,7 @@ class DiscriminatorBlock(nn.Module):
         self.fromrgb = Conv2d(img_channels, in_channels, 1, leaky_relu) if img_channels else None
         self.conv0 = Conv2d(in_channels, in_channels, 3, leaky_relu)
         self.conv1 = Conv2d(in_channels, out_channels, 3, leaky_relu, down=down, gain=math.sqrt(0.5))
-        self.conv1.affine = Linear(512, in_channels)  # named as in the reference
+        self.conv1.affine = Linear(512, in_channels)  # named as in the published code
         self.skip = Conv2d(in_channels, out_channels, 1, bias=False, down=down, gain=math.sqrt(0.5))
 
     def forward(self, x, h):
@@ -1507,8 +1516,7 @@ class Teacher(nn.Module):
                 self.model.load_state_dict(state)
         except Exception as e:  # timm and the hub raise many kinds
             reason = " ".join(str(e).split())[:200] or type(e).__name__
-            remedy = "name a model of timm.list_models(), and by --teacher-weights a file of its weights"
-            raise UserError(f"teacher {name} {weights}: {reason}; {remedy}") from None
+            raise UserError(f"teacher {name} {weights}: {reason}; see --teacher, --teacher-weights") from None
         self.eval().requires_grad_(False)
 
         data = timm.data.resolve_model_data_config(self.model)
@@ -1530,7 +1538,7 @@ class Teacher(nn.Module):
 
 
 def blur(image, sigma, spread=None):
-    """Separable blur: taps 2^-(x / spread)², |x| <= floor(3 sigma), zero padding; spread: else sigma."""
+    """Separable blur: taps 2^-(x / spread)², |x| <= floor(3 sigma), zero padding. Without a spread: sigma."""
     if 3 * sigma < 1:
         return image
     radius = math.floor(3 * sigma)
@@ -1647,8 +1655,7 @@ class Detector:
             self.width = self.net(image, return_features=True).shape[1]
         except Exception as e:  # urllib and torch raise anything
             what = f"{path} is not there, or not TorchScript in the field's format ({type(e).__name__})"
-            remedy = f"fetch {url} and give it by --detector FILE, or take --detector area8"
-            raise UserError(f"--detector {name}: {what}; {remedy}") from None
+            raise UserError(f"--detector {name}: {what}; fetch {url} and name it, or take area8") from None
         self.label = "" if path.stem == INCEPTION else f"[{path.stem}]"
 
     @torch.no_grad()
@@ -1731,7 +1738,7 @@ def measure_samples(G, labels, detector, n, n_flat):
     front = prior._replace(yaw=0 * prior.yaw, pitch=0 * prior.pitch + math.pi / 2)
 
     def render(i, prior, cut):
-        """Noise inputs are random, and a function of what is drawn alone."""
+        """Samples i from the posterior of a prior camera; noise inputs are random, but always the same."""
         seed_draws(cfg.seed, -1, "noise", int(i[0]))
         planes = G.backbone(G.mapping(z[i], c[i]), noise="random")
         return G.render(planes, G.pose(rows(prior, i), z[i], c[i]), cfg.resolution, cut=cut)
@@ -1845,8 +1852,8 @@ class Averages:
 
 
 def generator_pass(run, patch, number, weight, stats):
-    """Gradients of G, and of D on what G makes: one pass of each network serves both losses. weight: the
-    share of the process's images; the pass's number tells its draws from others'. -> sum of w (w_dim,)"""
+    """Gradients of G, and of D on what G makes: one pass of each network serves both losses. weight: share
+    of the process's images; number: of this pass in the whole batch, for its draws. -> sum of w (w_dim,)"""
     cfg = run.cfg
     seed_draws(train_seed(cfg), run.step, "generator", number)
     z, c, prior = draw_latents(cfg, len(patch.scale), run.labels)  # (B, z_dim), (B,), Camera of B
@@ -1929,7 +1936,7 @@ def training_step(run, batch, stats):
     run.opt_g.zero_grad()
     run.opt_d.zero_grad()
 
-    # Gradients of G, and of D on what G makes, pass by pass; then those of the camera regulariser.
+    # Gradients: of G, and of D on what G makes, pass by pass; of the camera regulariser; of D on photographs.
     G.density_noise = now["density_noise"]
     weight = cfg.batch_gpu / share
     w_sum = 0
@@ -1941,8 +1948,6 @@ def training_step(run, batch, stats):
         loss, log = camera_regularizer(G, run.kimg)
         loss.backward()
         stats.add(**log)
-
-    # Those of D on photographs.
     for part in passes:
         discriminator_pass(run, real[part], c[part], rows(patches, part), scale_mean, weight, stats)
 
@@ -1986,7 +1991,7 @@ def join_processes(device, timeout=600):
     if WORLD > 1 and not dist.is_initialized():
         limit = datetime.timedelta(seconds=timeout)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=limit)
-    mean_over_processes(torch.zeros(1, device=device))  # waits for all: each has opened its checkpoint by now
+    mean_over_processes(torch.zeros(1, device=device))  # waits: all open checkpoints before one is renamed
 
 
 def append_line(path, entry):
@@ -2023,8 +2028,7 @@ def open_checkpoint(path):
         cfg, state = Config(**config), {k: state[k] for k in ("step", "images", *TRAINED)}
         validate(cfg, 1)
     except Exception as e:  # whatever a damaged or foreign file leads to
-        what = f"damaged, or not a checkpoint of this program ({type(e).__name__}: {e})"
-        raise UserError(f"--resume {path}: {what}") from None
+        raise UserError(f"--resume {path}: damaged, or not a checkpoint of this program ({e})") from None
     return Path(path), cfg, state
 
 
@@ -2084,7 +2088,8 @@ def diagnose(entry, before):
     score = max(entry["score_real"], entry["score_fake"], key=abs)
     if bad_share > GUARD_NONFINITE:
         return f"{bad_share:.0%} of the gradients are not finite"
-    if not math.isfinite(entry["loss_g"] + entry["loss_d_real"] + entry["loss_d_fake"]):
+    losses = ("loss_g", "loss_d_fake", "loss_d_real", "camera_reg", "kd_distance", "r1")
+    if not math.isfinite(sum(entry.get(name, 0) for name in losses)):
         return "a loss is not finite"
     if abs(score) > GUARD_SCORE:
         return f"D is saturated, its mean score is {score:.3g}"
@@ -2100,8 +2105,7 @@ def go_back(cfg, what, kimg, healthy):
     said = f"diverged at {kimg:g} kimg: {what}"
     before = len(cfg.recoveries)
     if before == GUARD_TRIES:
-        remedy = "start anew with lower --g-lr and --d-lr, or a higher --r1-gamma"
-        raise UserError(f"{said}, after {before} recoveries; {remedy}")
+        raise UserError(f"{said}, after {before} recoveries; lower --g-lr and --d-lr, or raise --r1-gamma")
     every = checkpoints(cfg.out)
     paths = [path for at, path in every if at <= healthy] or [every[-1][1]]
     path, _, state = load_checkpoint(*paths[min(before, len(paths) - 1) :])
@@ -2163,8 +2167,8 @@ def train_until_trouble(cfg, state, stop):  # noqa: C901, PLR0915 (the loop, fro
         return None
 
     g, d = (sum(p.numel() for p in network.parameters()) for network in (run.G, run.D))
-    say(f"{cfg.data}: {len(run.data):,} images, {cfg.num_classes} classes, {cfg.resolution}²; {cfg.out}")
-    say(f"G {g:,}, D {d:,} parameters; {WORLD} x {device}, {cfg.batch_gpu} images in a pass")
+    sizes = f"{len(run.data):,} images, {cfg.num_classes} classes; G {g:,}, D {d:,} parameters"
+    say(f"{cfg.data}: {sizes}; {WORLD} x {device}; {cfg.out}")
     detector = Detector(cfg.detector, device) if re.search("fid|is", cfg.metrics) else None
     if RANK == 0:
         begin_folder(run)
@@ -2330,9 +2334,7 @@ def validate(cfg, world):
     require(cfg.coarse_samples >= 3, f"--coarse-samples {cfg.coarse_samples}: must be 3 or more")
     require(cfg.near < cfg.far, f"--near {cfg.near}: must be less than --far {cfg.far}")
     parse_metrics(cfg.metrics)
-    require(
-        cfg.detector != "area8" or "is" not in cfg.metrics, "--metrics: area8 has no classes, is needs them"
-    )
+    require(cfg.detector != "area8" or "is" not in cfg.metrics, "--metrics: area8 has no classes for is")
 
     share = cfg.batch_size // world
     size = math.gcd(cfg.batch_gpu, share)  # of a pass
@@ -2352,7 +2354,6 @@ def resolve(given):
         if Path(out, "config.json").exists() and not resume:
             raise UserError(f"--out {out}: holds a run; go on by --resume latest, or name another folder")
         return make_config({**given, "out": str(out)}), None
-
     path, saved, state = load_checkpoint(out if resume in ("latest", "auto") else resume)
     cfg = replace(saved, **{"out": str(path.parent), **given, "resume": str(path)})
     if cfg.preset != saved.preset:

@@ -1951,7 +1951,7 @@ def spoil(monkeypatch, how, at=12, times=1):
         if how == "nan":
             batch = {**batch, "image": batch["image"].float() * math.nan}
         elif how == "lr":
-            too_fast = dataclasses.replace(run.cfg, g_lr=100 * run.cfg.g_lr, d_lr=100 * run.cfg.d_lr)
+            too_fast = dataclasses.replace(run.cfg, g_lr=1000 * run.cfg.g_lr, d_lr=1000 * run.cfg.d_lr)
             run = dataclasses.replace(run, cfg=too_fast)
         elif how == "scale":
             with torch.no_grad():

@@ -493,7 +493,7 @@ class ShapesData:
 
     def __getitem__(self, i):
         rng = np.random.default_rng(i)
-        label = int(self.labels[i])
+        label = i % self.num_classes
         camera = torch.from_numpy(self.true_camera(rng, label))  # (6,)
         finer = 2 if self.resolution <= 64 else 1  # rays a pixel and direction: small pictures are smooth
         origins, rays = camera_rays(make_camera(camera[None]), self.resolution * finer)
@@ -513,45 +513,45 @@ class ShapesData:
         # About half as high as the picture, and turned about the vertical; a torus shows its hole.
         size = 0.5 * math.tan(math.radians(fov / 2)) * rng.uniform(0.85, 1.15)
         center = np.array([rng.uniform(-0.05, 0.05), self.GROUND + size, rng.uniform(-0.05, 0.05)])
-        solid = SOLIDS[label]
-        angle = rng.uniform(-1, 1) * (0.6 if solid == "torus" else math.pi)
+        outside = functools.partial(signed_distance, SOLIDS[label])
+        angle = rng.uniform(-1, 1) * (0.6 if SOLIDS[label] == "torus" else math.pi)
         sin, cos = math.sin(angle), math.cos(angle)
         turn = np.array([[cos, 0, sin], [0, 1, 0], [-sin, 0, cos]])
 
         # Checkered ground with a shadow, in fog that at `far` is the sky.
         up = np.clip(rays[:, 1:2] * 1.5 + 0.75, 0, 1)
-        sky = (1 - up) * np.array([0.78, 0.86, 0.93]) + up * np.array([0.36, 0.55, 0.85])
+        sky = np.array([0.78, 0.86, 0.93]) - up * np.array([0.42, 0.31, 0.08])
         depth = np.minimum((self.GROUND - origin[1]) / np.minimum(rays[:, 1], -1e-6), self.far)
         xz = origin[::2] + depth[:, None] * rays[:, ::2]
         checkers = np.floor(xz / 0.1).sum(1, keepdims=True) % 2
         shadow = np.exp(-((xz - center[::2]) ** 2).sum(1, keepdims=True) / size**2)
         ground = (0.42 + 0.3 * checkers) * (1 - 0.55 * shadow) * np.array([1.0, 0.93, 0.82])
         fog = np.clip((depth[:, None] - 1.1) / (self.far - 1.1), 0, 1) ** 2
-        color = fog * sky + (1 - fog) * ground
+        color = ground + fog * (sky - ground)
 
         # Sphere tracing, in the solid's own frame and in units of its size.
         start = turn @ (origin - center) / size
-        along = (rays @ turn.T).astype(np.float64)
-        t = np.full(len(rays), 0.5 / size)
-        for _ in range(24):
-            points = start + t[:, None] * along
-            distance = signed_distance(solid, points)
+        along = rays @ turn.T
+        middle = -(along @ start)  # where a ray is closest to the centre
+        hit = np.flatnonzero(start @ start - middle**2 < 1.5**2)
+        t = middle[hit] - 1.5
+        for _ in range(18):
+            points = start + t[:, None] * along[hit]
+            distance = outside(points)
             t = t + distance
-        hit = (distance < 0.02) & (t * size < depth)
-        points = points[hit]
-        depth[hit] = t[hit] * size
+        seen = (distance < 0.02) & (t * size < depth[hit])
+        hit, points = hit[seen], points[seen]
+        depth[hit] = t[seen] * size
 
         # Shading by the normal, from central differences.
-        steps = 1e-3 * np.eye(3)
-        slopes = [signed_distance(solid, points + s) - signed_distance(solid, points - s) for s in steps]
-        light = turn @ np.array([0, 0.8, 0.6])
-        shade = 0.4 + 0.6 * np.maximum(light @ slopes / 2e-3, 0)
+        slopes = [outside(points + s) - outside(points - s) for s in 1e-3 * np.eye(3)]
+        shade = 0.4 + 0.6 * np.maximum(turn @ np.array([0, 0.8, 0.6]) @ slopes / 2e-3, 0)
 
         # A hue near the class's own, in bands of two tones.
         hue = label / len(SOLIDS) + rng.normal(0, 0.02)
         pure = np.clip(abs((hue * 6 + np.array([3, 1, 5])) % 6 - 3) - 1, 0, 1)  # the hue as RGB
         tone = np.where(np.sin(7 * points[:, 1] + 1) > 0, 1.0, 0.55)
-        color[hit] = (shade * tone)[:, None] * (1 - rng.uniform(0.7, 0.95) * pure)
+        color[hit] = (shade * tone)[:, None] * (1 - 0.85 * pure)
         return color, depth
 
     def estimate(self, rng, depth):
@@ -1312,7 +1312,7 @@ class Generator(nn.Module):
 
     def pose(self, prior, z, c):
         """The camera a sample is seen from: a function of the prior's Camera, z (B, z_dim), class (B,)"""
-        if self.camera_generator is not None:
+        if self.camera_generator:
             return self.camera_generator(prior, z, c)
         if self.cfg.camera == "prior":
             return prior
@@ -1388,7 +1388,7 @@ def synthesize(G, z, c, prior, choice, patch=None):
         planes = G.backbone(w, noise="random" if G.training else "const")  # (B, 3, C, T, T)
     resolution = cfg.resolution if patch is None else cfg.patch_resolution
     image, depth = G.render(planes, camera, resolution, patch)  # (B, 3, P, P), (B, 1, P, P)
-    if G.depth_adaptor is not None:
+    if G.depth_adaptor:
         with autocast(cfg, z.device):
             adapted = G.depth_adaptor(depth, choice)  # (B, 1, P, P)
         image = torch.cat([image, adapted.float()], 1)
@@ -1887,7 +1887,7 @@ def discriminator_pass(run, real, c, patch, scale_mean, weight, stats):
         score, predicted = run.D(seen, c, patch)  # (B,), (B, teacher_dim)
     loss = loss_real = F.softplus(-score).mean()
 
-    if run.teacher is not None and cfg.kd_weight > 0:
+    if run.teacher and cfg.kd_weight > 0:
         with autocast(cfg, real.device):
             target = run.teacher(real[:, :3])  # (B, teacher_dim)
         distance = (predicted - target).norm(dim=1)  # (B,)
@@ -1943,7 +1943,7 @@ def training_step(run, batch, stats):
     passes = [slice(first, first + cfg.batch_gpu) for first in range(0, share, cfg.batch_gpu)]
     for number, part in enumerate(passes, RANK * len(passes)):
         w_sum = w_sum + generator_pass(run, rows(patches, part), number, weight, stats)
-    if G.camera_generator is not None:
+    if G.camera_generator:
         seed_draws(train_seed(cfg), run.step, "camera", 0)  # the same draws in every process
         loss, log = camera_regularizer(G, run.kimg)
         loss.backward()

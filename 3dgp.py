@@ -807,24 +807,24 @@ def call_custom_ops(planes, points, box, decoder, *rest):
     """rest: out, grad, grad_planes, grad_points, grad_decoder, or the first of them; empty: none."""
     B, three, C, T, width = planes.shape
     others = points, decoder, *rest
-    dtypes = [torch.float32, torch.bfloat16, torch.float64]  # of the planes, as custom_ops.cu counts them
+    call = custom_ops(planes.device.type)
+    types = [torch.float32, torch.bfloat16, torch.float64]  # of the planes, as custom_ops.cu counts them
     kind = torch.promote_types(planes.dtype, torch.float32), planes.device
     packed = ((32 if planes.is_cuda or C > 16 else 16) + 5) * 64 + 4  # w1, b1 and four rows of w2; b2
     shapes_fit = (three, width) == (3, T) and points.shape[::2] == (B, 3)
-    shapes_fit = shapes_fit and (len(decoder) == 0 or (C <= 32 and len(decoder) == packed))
-    if not (shapes_fit and planes.dtype in dtypes and all((t.dtype, t.device) == kind for t in others)):
-        needs = "planes (B, 3, C, T, T), points (B, N, 3), decoder empty or packed (C <= 32), on one device"
-        raise ValueError(f"triplane: needs {needs}; planes float32 or bfloat16, else float32; or all float64")
+    decoder_fits = len(decoder) == 0 or (C <= 32 and len(decoder) == packed)
+    kinds_fit = planes.dtype in types and all((t.dtype, t.device) == kind for t in others)
+    if not (call and shapes_fit and decoder_fits and kinds_fit):
+        needs = "custom_ops.cu, planes (B, 3, C, T, T), points (B, N, 3), decoder empty or packed, C <= 32"
+        raise ValueError(f"triplane: needs {needs}; float32 or float64, or bfloat16 planes; on one device")
 
     planes = planes if planes.stride(2) == 1 else channels_last(planes)
     tensors = [planes, *(t.contiguous() for t in others)]
-    sizes = B, points.shape[1], C, T, *(planes.stride(i) for i in (0, 1, 3, 4))
-    sizes = (ctypes.c_int64 * 8)(*sizes)
+    size = (ctypes.c_int64 * 8)(B, points.shape[1], C, T, *(planes.stride(i) for i in (0, 1, 3, 4)))
     pointers = (ctypes.c_void_p * 8)(*(t.data_ptr() for t in tensors))
     with torch.cuda.device_of(planes):  # does nothing on a CPU
         context = torch.cuda.current_stream().cuda_stream if planes.is_cuda else torch.get_num_threads()
-        numbers = ctypes.c_double(box), ctypes.c_int64(context)
-        error = custom_ops(planes.device.type)(dtypes.index(planes.dtype), sizes, pointers, *numbers)
+        error = call(types.index(planes.dtype), size, pointers, ctypes.c_double(box), ctypes.c_int64(context))
     if error:
         raise RuntimeError(f"custom_ops.cu: {error.decode()}; --no-fused does without it")
 
@@ -2334,14 +2334,14 @@ def validate(cfg, world):
     require(cfg.coarse_samples >= 3, f"--coarse-samples {cfg.coarse_samples}: must be 3 or more")
     require(cfg.near < cfg.far, f"--near {cfg.near}: must be less than --far {cfg.far}")
     parse_metrics(cfg.metrics)
-    require(cfg.detector != "area8" or "is" not in cfg.metrics, "--metrics: area8 has no classes for is")
+    require(cfg.detector != "area8" or "is" not in cfg.metrics, "--metrics: is needs another --detector")
 
     share = cfg.batch_size // world
     size = math.gcd(cfg.batch_gpu, share)  # of a pass
     batch = f"--batch-size {cfg.batch_size}, --batch-gpu {cfg.batch_gpu}"
     require(cfg.batch_size % world == 0, f"{batch}: not divisible by {world} processes")
-    multiple = f"not a multiple of {MBSTD_GROUP}, for mini-batch standard deviation"
-    require(size % MBSTD_GROUP == 0, f"{batch}: {size} images in a pass are {multiple}")
+    what = f"{size} images in a pass are not a multiple of {MBSTD_GROUP}, for mini-batch standard deviation"
+    require(size % MBSTD_GROUP == 0, f"{batch}: {what}")
     return share
 
 

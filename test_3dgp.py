@@ -2586,7 +2586,7 @@ BAD_INPUT = [
     (["--resume", "latest", "--out", "EMPTY"], "no checkpoint"),
     (["--resume", "GARBAGE"], "not a readable"),
     (["--metrics", "fid50x"], "--metrics fid50x: must be fid, is or nfs"),
-    (["--metrics", "is2k"], "area8 has no classes"),
+    (["--metrics", "is2k"], "is needs another --detector"),
     (["--detector", "GARBAGE"], "not TorchScript in the field's format"),
     (["--detector", "nowhere.pt"], "nowhere.pt is not there"),
 ]

@@ -3435,10 +3435,38 @@ def test_a_timm_model_can_be_the_detector(teacher_weights):
 def test_cameras_that_are_not_learned_are_as_far_from_the_truth_as_the_prior():
     G = m.Generator(micro(camera="prior", num_classes=8)).eval()
     data = m.ShapesData(G.cfg)
-    truth = tool("evaluate").evaluate_truth(G, data, torch.from_numpy(data.labels), n=16)
+    evaluate = tool("evaluate")
+    evaluate.NAMER_IMAGES = 64
+    truth = evaluate.evaluate_truth(G, data, torch.from_numpy(data.labels), n=64)
     assert truth["camera_w1_posterior"] == truth["camera_w1_prior"]
     for name, value in truth.items():
         assert np.isfinite(value).all(), name
+
+
+@with_tools
+def test_solids_are_named_by_their_depth_alone_and_by_their_gray_alone():
+    """Pictures of the data in the place of samples: eight of each class, none that was learned from."""
+    evaluate = tool("evaluate")
+    evaluate.NAMER_IMAGES = 1024
+    cfg = micro(num_classes=8)
+    data = m.ShapesData(dataclasses.replace(cfg, resolution=64))
+    batch = torch.utils.data.default_collate([data[i] for i in range(30_000, 30_064)])
+    rgb = m.real_images(batch, CPU)[:, :3]
+    depth = batch["true_depth"]
+
+    named = evaluate.name_solids(cfg, rgb, depth, batch["label"])
+    for kind in ("depth", "gray"):
+        assert named[f"named_{kind}"] > 0.85
+        assert named[f"named_{kind}_data"] > 0.85
+        assert np.mean(named[f"named_{kind}_classes"]) == pytest.approx(named[f"named_{kind}"])
+
+    # Other hues and another unit of depth change nothing. Without depth nothing can be told from it.
+    hues = evaluate.namer_inputs(rgb.roll(1, 1), 3 * depth + 1)
+    for kind, expected in evaluate.namer_inputs(rgb, depth).items():
+        torch.testing.assert_close(hues[kind], expected, rtol=0, atol=1e-5)
+    flat = evaluate.name_solids(cfg, rgb, torch.rand_like(depth), batch["label"].roll(1))
+    assert flat["named_depth"] < 0.3
+    assert flat["named_gray"] < 0.1
 
 
 # Tools: bench

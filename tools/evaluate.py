@@ -7,7 +7,7 @@
 
 The numbers are printed and appended to metrics.jsonl beside the checkpoint; any number of processes gives the
 same ones. fid, is and nfs are those that training follows, in 3dgp.py; kid and pr are here. On `shapes`,
-whose truth is known, cameras and depth are compared with it as well.
+whose truth is known, cameras and depth are compared with it, and a small network names the solids it sees.
 Shapes in comments: N reals, M fakes, F features, R resolution.
 """
 
@@ -19,6 +19,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 tdgp = importlib.import_module("3dgp")
@@ -144,7 +146,7 @@ def largest(metrics, *kinds):
 @torch.no_grad()
 def evaluate_truth(G, data, labels, n=512):
     """G, in evaluation mode, against the truth of `shapes`, by n samples and the first n images.
-    -> {name: number or list}: what compare_cameras and compare_depth return"""
+    -> {name: number or list}: what compare_cameras, compare_depth and name_solids return"""
     z, c, prior = tdgp.draw_latents(G.cfg, n, labels, "evaluate_truth")
     posterior = G.pose(prior, z, c)
     true = [
@@ -156,7 +158,8 @@ def evaluate_truth(G, data, labels, n=512):
     real = tdgp.real_images(batch, z.device)  # (n, 3 or 4, R, R)
     true_depth = batch["true_depth"].to(z.device)  # (n, 1, R, R)
     image, depth = render_samples(G, z, c, posterior)
-    return {**cameras, **compare_depth(G.depth_adaptor, image, depth, real, true_depth)}
+    compared = compare_depth(G.depth_adaptor, image, depth, real, true_depth)
+    return {**cameras, **compared, **name_solids(G.cfg, image, depth, c)}
 
 
 def compare_cameras(prior, posterior, true):
@@ -220,6 +223,77 @@ def compare_depth(adaptor, image, depth, real, true_depth):
         rendered_gaussian = tdgp.gaussian(tdgp.area8(candidates[level]))
         found[f"depth_fd_{name}"] = tdgp.frechet_distance(estimated_gaussian, rendered_gaussian)
     return found
+
+
+# ---- What people see ---------------------------------------------------------------------------------------
+# Can one tell what a sample is? A small network learns the names of the solids of `shapes` from the data, and
+# then names those of samples: once by depth alone, once by a gray picture alone.
+
+NAMER_IMAGES = 4096  # it learns from so many images ...
+NAMER_EPOCHS = 8  # ... each so many times
+NAMER_SIZE = 32  # pixels; larger pictures are averaged
+
+
+def name_solids(cfg, image, depth, c):
+    """Samples: rgb (n, 3, R, R), rendered depth (n, 1, R, R), the classes asked for (n,) -> {name: number or
+    list}. named_depth, named_gray: share of samples whose solid is named as what it should be (1 / 8 by
+    chance); with _classes: class by class; with _data: of images of the data that were not learned from."""
+    data = tdgp.ShapesData(dataclasses.replace(cfg, resolution=NAMER_SIZE))
+    items = [data[i] for i in range(NAMER_IMAGES + 512)]
+    batch = torch.utils.data.default_collate(items)
+    real = namer_inputs(tdgp.real_images(batch, c.device)[:, :3], batch["true_depth"].to(c.device))
+    samples = namer_inputs(image, depth)
+    labels = batch["label"].to(c.device)  # (N,)
+
+    found = {}
+    for kind in ("depth", "gray"):
+        learned, held_out = real[kind].tensor_split([NAMER_IMAGES])
+        namer = train_namer(learned, labels[:NAMER_IMAGES], data.num_classes)
+        right = namer(samples[kind]).argmax(1) == c  # (n,)
+        right_data = namer(held_out).argmax(1) == labels[NAMER_IMAGES:]  # (512,)
+        classes = [float(right[c == k].double().mean()) for k in range(data.num_classes)]
+        found[f"named_{kind}"] = float(right.double().mean())
+        found[f"named_{kind}_data"] = float(right_data.double().mean())
+        found[f"named_{kind}_classes"] = classes
+    return found
+
+
+def namer_inputs(rgb, depth):
+    """rgb (B, 3, R, R), depth (B, 1, R, R) -> {"gray": (B, 1, 32, 32), "depth": the same}, 0 to 1 from their
+    2% to their 98%. Gray is the largest channel: the hue, which is the class's, does not show in it."""
+    inputs = {}
+    for kind, x in (("gray", rgb.amax(1, keepdim=True)), ("depth", depth)):
+        x = F.adaptive_avg_pool2d(x, NAMER_SIZE).flatten(1)  # (B, 1024)
+        low, high = x.quantile(x.new_tensor([0.02, 0.98]), dim=1)[..., None]  # (B, 1)
+        x = (x - low) / (high - low).clamp(min=1e-6)
+        inputs[kind] = x.clamp(0, 1).view(-1, 1, NAMER_SIZE, NAMER_SIZE)
+    return inputs
+
+
+@torch.enable_grad()
+def train_namer(x, labels, num_classes):
+    """Learns to tell the classes (N,) of gray pictures (N, 1, 32, 32), sharp and soft, clean and noisy.
+    -> a network, pictures -> (B, num_classes)"""
+    tdgp.seed_draws(0, -1, "namer", 0)
+    layers = []
+    for before, after in ((1, 32), (32, 64), (64, 64)):
+        layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.BatchNorm2d(after), nn.ReLU()]
+    namer = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 16, num_classes)).to(x.device)
+
+    batches = [part for _ in range(NAMER_EPOCHS) for part in torch.randperm(len(x)).split(64)]
+    opt = torch.optim.Adam(namer.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 4e-3, total_steps=len(batches))
+    for i in batches:
+        # Samples are softer than data, and noisy: what a person would still name is to be named.
+        strength = torch.rand(2, len(i), 1, 1, 1, device=x.device)
+        soft = x[i].lerp(tdgp.blur(x[i], 1.5), strength[0])
+        noisy = soft + 0.1 * strength[1] * torch.randn_like(soft)
+        loss = F.cross_entropy(namer(noisy), labels[i])
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        schedule.step()
+    return namer.eval().requires_grad_(False)
 
 
 # ---- Command line ------------------------------------------------------------------------------------------

@@ -51,6 +51,10 @@ import zipfile
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
+# Threads that wait for each other spin briefly, then sleep: else one busy process beside stops them all.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # is read when PyTorch is imported
+
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
@@ -61,8 +65,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 # ---- Config ------------------------------------------------------------------------------------------------
-# One dataclass is the command line, its help, and the record in config.json. Then the presets, the thresholds
-# of the divergence guard, what changes while training, and small helpers that all sections use.
+# The command line and its record in config.json, presets, schedules, and what all sections use.
 
 
 class UserError(Exception):
@@ -1591,8 +1594,7 @@ def camera_regularizer(G, kimg):
 
 # ---- Metrics -----------------------------------------------------------------------------------------------
 # What the paper measures: FID and Inception Score, by the features of a network, and its Non-Flatness Score.
-# Any number of processes share the images and get the same numbers. Those of another network than Inception
-# carry its name: fid2k[area8].
+# Any number of processes get the same numbers. Another network than Inception is named: fid2k[area8].
 
 
 def frechet_distance(a, b):
@@ -2024,8 +2026,7 @@ def open_checkpoint(path):
         with zipfile.ZipFile(path) as parts:
             if parts.testzip():
                 raise zipfile.BadZipFile("its checksum is wrong")
-        config = {k: v for k, v in state["config"].items() if k != "compile"}  # once an option
-        cfg, state = Config(**config), {k: state[k] for k in ("step", "images", *TRAINED)}
+        cfg, state = Config(**state["config"]), {k: state[k] for k in ("step", "images", *TRAINED)}
         validate(cfg, 1)
     except Exception as e:  # whatever a damaged or foreign file leads to
         raise UserError(f"--resume {path}: damaged, or not a checkpoint of this program ({e})") from None

@@ -30,6 +30,9 @@ import urllib.request
 import zipfile
 from pathlib import Path
 
+if "OMP_WAIT_POLICY" not in os.environ:  # as in 3dgp.py
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
@@ -188,8 +191,7 @@ def download(url, path, sha256):
 
     if file_sha256(part) != sha256:
         part.unlink()
-        hint = "try again, or use --weights FILE"
-        raise tdgp.UserError(f"{url}: what came is not the expected file (SHA-256); {hint}")
+        raise tdgp.UserError(f"{url}: not the expected file (SHA-256); try again, or use --weights FILE")
     os.replace(part, path)
 
 

@@ -146,6 +146,8 @@ class Config:
     batch_gpu: int = opt(8, "images per pass at most: each takes gcd(this, a process's share)")
     g_lr: float = opt(0.0025, "generator's learning rate")
     d_lr: float = opt(0.002, "discriminator's learning rate")
+    lr_decay: float = opt(0.0, "both fall to 0 over this share of the run, at its end (published: 0)")
+    mapping_lr_mult: float = opt(0.01, "learning-rate multiplier of the generator's mapping network")
     r1_gamma: float = opt(0.05, "weight of R1 (imagenet's; in base else 0.0002 x resolution² / batch size)")
     r1_interval: int = opt(16, "R1 is computed every so many steps")
     ema_kimg: float = opt(20, "half life of the generator's moving average (in base 0.3125 x batch size)")
@@ -166,16 +168,16 @@ class Config:
 
 
 # Sizes. Short runs have schedules that suit them; with the published units of the EMD, their fov stays high.
-SHORT = dict(camera_reg_units="range", camera_reg_weights=(20.0, 10.0, 20.0, 2.0), camera_lr_mult=1.0)
+SHORT = dict(camera_reg_units="range", camera_reg_weights=(10.0, 4.0, 5.0, 0.5), camera_lr_mult=1.0)
 # fmt: off
 PRESETS = {
     "tiny": dict(
-        SHORT, resolution=32, patch_resolution=32, triplane_resolution=32, triplane_features=16,
-        channel_base=2048, channel_max=64, adaptor_channels=16, z_dim=64, w_dim=64,
-        coarse_samples=8, fine_samples=8, batch_size=8, kimg=18, r1_gamma=0.5, ema_kimg=0.5,
-        density_noise_kimg=2, adaptor_kimg=5, camera_reg_kimg=2, blur_sigma=2.0, blur_kimg=1,
-        snapshot_kimg=4.5, log_kimg=0.25, metrics_kimg=4.5, metrics="fid1k,nfs64", detector="area8",
-        reals=1024, workers=1,
+        SHORT, resolution=32, patch_resolution=32, triplane_resolution=64, triplane_features=16,
+        channel_base=1024, channel_max=64, adaptor_channels=16, z_dim=64, w_dim=64, mapping_lr_mult=0.1,
+        coarse_samples=8, fine_samples=8, batch_size=8, kimg=24, r1_gamma=0.5, ema_kimg=0.5,
+        g_lr=0.006, d_lr=0.0045, lr_decay=0.5, density_noise_kimg=2, adaptor_kimg=50,
+        camera_reg_kimg=2, blur_sigma=2.0, blur_kimg=1, snapshot_kimg=4, log_kimg=0.25, metrics_kimg=4,
+        metrics="fid1k,nfs64", detector="area8", reals=1024, workers=1,
     ),
     "small": dict(
         SHORT, resolution=64, patch_resolution=64, triplane_resolution=128, triplane_features=32,
@@ -188,12 +190,11 @@ PRESETS = {
     "base": {},
     "imagenet": dict(channel_base=65536, channel_max=1024),
 }
-DATA_PRESETS = {  # the published data sets; the small ones have a faster camera schedule
+SMALL_SET = dict(preset="base", teacher="resnet50", camera_reg_kimg=3_000)  # a faster camera schedule
+DATA_PRESETS = {
     "shapes": dict(preset="tiny"),
     "imagenet": dict(preset="imagenet", teacher="resnet50", r1_gamma=0.05),
-    "dogs": dict(preset="base", teacher="resnet50", camera_reg_kimg=3_000),
-    "elephants": dict(preset="base", teacher="resnet50", camera_reg_kimg=3_000),
-    "horses": dict(preset="base", teacher="resnet50", camera_reg_kimg=3_000),
+    "dogs": SMALL_SET, "elephants": SMALL_SET, "horses": SMALL_SET,
 }
 # fmt: on
 
@@ -230,6 +231,8 @@ def schedules(cfg, kimg):
         return end if kimg >= over else start + (end - start) * kimg / over
 
     slow = sum(back <= kimg < back + GUARD_SLOW_KIMG for back in cfg.recoveries)
+    left = max(0, 1 - kimg / cfg.kimg)  # of the run
+    decay = min(1, left / cfg.lr_decay) if cfg.lr_decay else 1
     return dict(
         blur_sigma=linear(cfg.blur_sigma, 0, cfg.blur_kimg),
         patch_beta=linear(*cfg.patch_beta, cfg.patch_kimg),
@@ -237,7 +240,7 @@ def schedules(cfg, kimg):
         raw_depth_share=linear(1 / 4, 0.1, cfg.adaptor_kimg),
         kd_weight=cfg.kd_weight * linear(1, 0, cfg.kd_kimg),
         camera_reg_weight=linear(0, 1, cfg.camera_reg_kimg),
-        lr_factor=0.5**slow,
+        lr_factor=0.5**slow * decay,
     )
 
 
@@ -501,7 +504,6 @@ class ShapesData:
         finer = 2 if self.resolution <= 64 else 1  # rays a pixel and direction: small pictures are smooth
         origins, rays = camera_rays(make_camera(camera[None]), self.resolution * finer)
         color, depth = self.draw(rng, label, float(camera[2]), origins[0, 0].numpy(), rays[0].numpy())
-
         grid = self.resolution, finer, self.resolution, finer
         image = color.reshape(*grid, 3).mean((1, 3)).clip(0, 1)  # (R, R, 3)
         image = torch.from_numpy((image.transpose(2, 0, 1) * 255).round().astype(np.uint8))
@@ -669,8 +671,8 @@ def load_batches(data, cfg, indices):
 
 # ---- Ops ---------------------------------------------------------------------------------------------------
 # Equalised layers (StyleGAN2, Karras et al. 2020): weights have unit variance and are scaled when used, so
-# that Adam's steps are alike in all. FIR resampling. The tri-plane lookup (EG3D, Chan et al. 2022): its
-# definition in PyTorch, and the function of custom_ops.cu that does the same in one pass.
+# that Adam's steps are alike in all. FIR resampling. The tri-plane lookup (EG3D, Chan et al. 2022): in
+# PyTorch, and by custom_ops.cu.
 
 
 def normalize_2nd_moment(x):
@@ -741,8 +743,7 @@ def fir_filter(x, padding, gain=1.0, stride=1):
 
 
 def upsample(x):
-    """Factor 2: zeros between pixels, then the FIR with gain 4. An output pixel is 3/4 of its nearest input
-    pixel and 1/4 of the next one, in both directions: bilinear. (B, C, H, W) -> (B, C, 2H, 2W)"""
+    """Zeros between the pixels, then the FIR with gain 4: bilinear. (B, C, H, W) -> (B, C, 2H, 2W)"""
     x = F.pad(x, (1, 1, 1, 1))
     return F.interpolate(x, scale_factor=2, mode="bilinear")[..., 2:-2, 2:-2]
 
@@ -1066,7 +1067,6 @@ def importance_depths(depths, weights, u):
     bins = (depths[..., 1:] + depths[..., :-1]) / 2  # (..., S-1)
     pdf = weights[..., 1:-1] + 1e-5 + 1e-5  # (..., S-2); twice, as the published code adds it
     cdf = F.pad((pdf / pdf.sum(-1, keepdim=True)).cumsum(-1), (1, 0))  # (..., S-1)
-
     above = torch.searchsorted(cdf, u.contiguous(), right=True)  # (..., K)
     below = (above - 1).clamp(min=0)
     above = above.clamp(max=cdf.shape[-1] - 1)
@@ -1135,13 +1135,13 @@ def query_triplane(planes, points, box, decoder, fused):
 
 
 class MappingNetwork(nn.Module):
-    """z and class (or, in the discriminator, conditions alone) -> w. Two layers, learning rate 1/100."""
+    """z and class (or, in the discriminator, conditions alone) -> w. Two layers that learn slowly."""
 
-    def __init__(self, z_dim, c_dim, w_dim):
+    def __init__(self, z_dim, c_dim, w_dim, lr_mult=0.01):
         super().__init__()
         self.embed = Linear(c_dim, w_dim) if c_dim else None
-        self.fc0 = Linear(z_dim + w_dim * bool(c_dim), w_dim, leaky_relu, lr_mult=0.01)
-        self.fc1 = Linear(w_dim, w_dim, leaky_relu, lr_mult=0.01)
+        self.fc0 = Linear(z_dim + w_dim * bool(c_dim), w_dim, leaky_relu, lr_mult)
+        self.fc1 = Linear(w_dim, w_dim, leaky_relu, lr_mult)
         if z_dim:
             self.register_buffer("w_avg", torch.zeros(w_dim))
 
@@ -1177,7 +1177,6 @@ class SynthesisLayer(nn.Module):
             x = fir_filter(x, padding=1, gain=4)  # (B, out, 2H, 2W)
         else:
             x = F.conv2d(x, weight, padding=1)  # (B, out, H, W)
-
         bias = self.bias[:, None, None]  # (out, 1, 1)
         if noise == "random":
             bias = bias + torch.randn(len(x), 1, *x.shape[2:], device=x.device) * self.noise_strength
@@ -1303,7 +1302,7 @@ class Generator(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.density_noise = 0.0  # a standard deviation, set by the training loop
-        self.mapping_network = MappingNetwork(cfg.z_dim, cfg.num_classes, cfg.w_dim)
+        self.mapping_network = MappingNetwork(cfg.z_dim, cfg.num_classes, cfg.w_dim, cfg.mapping_lr_mult)
         self.backbone = TriplaneBackbone(cfg)
         self.decoder = TriplaneDecoder(cfg.triplane_features)
         self.camera_generator = CameraGenerator(cfg) if cfg.camera == "learned" else None
@@ -1345,7 +1344,6 @@ class Generator(nn.Module):
         u = torch.rand(*shape, len(u), device=device) if random else u.expand(*shape, -1)
         fine = importance_depths(coarse, weights, u)  # (B, R, K)
         fine_rgb, fine_sigma = self.query(planes, origins, directions, fine)
-
         depths, order = torch.cat([coarse, fine], -1).sort(-1)  # (B, R, S)
         rgb = torch.cat([rgb, fine_rgb], -2).gather(-2, order[..., None].expand(-1, -1, -1, 3))
         return rgb, torch.cat([sigma, fine_sigma], -1).gather(-1, order), depths
@@ -1356,7 +1354,8 @@ class Generator(nn.Module):
         B = len(planes)
         origins, directions = camera_rays(camera, resolution, patch)  # (B, R, 3)
         size = origins.shape[1] if self.training or cut else max(1, chunk // B)
-        image, depth = [], []
+        image = []
+        depth = []
         for part in zip(origins.split(size, 1), directions.split(size, 1), strict=True):
             samples = self.sample_rays(planes, *part, cut)
             rgb, distance, _ = march_rays(*samples, cut)  # (B, size, 3), (B, size)
@@ -1745,7 +1744,8 @@ def measure_samples(G, labels, detector, n, n_flat):
         planes = G.backbone(G.mapping(z[i], c[i]), noise="random")
         return G.render(planes, G.pose(rows(prior, i), z[i], c[i]), cfg.resolution, cut=cut)
 
-    features, scores = [], []
+    features = []
+    scores = []
     for i in own_batches(n, "measuring samples"):
         image, depth = render(i, prior, cut=False)
         adapted = [G.depth_adaptor.adapt(depth)] if G.depth_adaptor else []
@@ -1956,7 +1956,6 @@ def training_step(run, batch, stats):
     bad_g, w_mean = average_gradients(G, w_sum / share)
     bad_d, stop = average_gradients(D, real.new_full([1], bool(run.stop)))  # with it travels who must stop
     stats.add(nonfinite_g=bad_g, nonfinite_d=bad_d)
-
     run.opt_g.step()
     run.opt_d.step()
     G.mapping_network.w_avg.lerp_(w_mean, 1 - 0.998)  # a part of StyleGAN2's state; nothing here reads it

@@ -80,6 +80,7 @@ MICRO = dict(
     workers=0,
     log_kimg=0.016,
     snapshot_kimg=1000,
+    lr_decay=0.0,
 )
 
 # What a checkpoint holds of networks and optimisers.
@@ -273,6 +274,28 @@ def test_schedules_at_their_ends():
         lr_factor=1,
     )
     assert m.schedules(cfg, 5_000)["raw_depth_share"] == pytest.approx(0.175)
+
+
+def test_learning_rates_fall_to_0_at_the_end_where_that_is_asked_for():
+    cfg = micro(kimg=10, lr_decay=0.4)
+    factors = [m.schedules(cfg, kimg)["lr_factor"] for kimg in (0, 6, 8, 10, 11)]
+    assert factors == pytest.approx([1, 1, 0.5, 0, 0])
+    both = dataclasses.replace(cfg, recoveries=(5.0,))
+    assert m.schedules(both, 8)["lr_factor"] == pytest.approx(0.25)
+    assert m.schedules(micro(kimg=10), 11)["lr_factor"] == 1
+
+
+def test_the_mapping_network_of_g_alone_learns_faster():
+    """Equalised layers: weights of deviation 1 / multiplier, and the same function at the start."""
+    torch.manual_seed(0)
+    fast = m.MappingNetwork(512, 0, 512, lr_mult=0.1)
+    assert fast.fc0.weight.std().item() == pytest.approx(10, rel=0.01)
+    assert fast(torch.randn(64, 512), None).square().mean().item() == pytest.approx(1, rel=0.1)
+
+    G, D = m.Generator(micro(mapping_lr_mult=0.1)), m.Discriminator(micro(mapping_lr_mult=0.1))
+    assert G.mapping_network.fc0.scale == pytest.approx(0.1 * math.sqrt(2))
+    assert D.head_mapping.fc0.scale == pytest.approx(0.01 * math.sqrt(2))
+    assert m.Generator(micro()).mapping_network.fc0.scale == pytest.approx(0.01 * math.sqrt(2))
 
 
 def test_presets_name_real_options_and_are_valid():

@@ -80,6 +80,8 @@ MICRO = dict(
     workers=0,
     log_kimg=0.016,
     snapshot_kimg=1000,
+    g_lr=0.0025,
+    d_lr=0.002,
     lr_decay=0.0,
 )
 

@@ -27,6 +27,8 @@ import zipfile
 import zlib
 from pathlib import Path
 
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as 3dgp.py has it; PyTorch is imported first here
+
 import numpy as np
 import PIL.Image
 import pytest

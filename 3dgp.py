@@ -146,7 +146,7 @@ class Config:
     batch_gpu: int = opt(8, "images per pass at most: each takes gcd(this, a process's share)")
     g_lr: float = opt(0.0025, "generator's learning rate")
     d_lr: float = opt(0.002, "discriminator's learning rate")
-    lr_decay: float = opt(0.0, "both fall to 0 over this share of the run, at its end (published: 0)")
+    lr_decay: float = opt(0.0, "both learning rates fall to 0 over this last share of the run (published: 0)")
     mapping_lr_mult: float = opt(0.01, "learning-rate multiplier of the generator's mapping network")
     r1_gamma: float = opt(0.05, "weight of R1 (imagenet's; in base else 0.0002 x resolution² / batch size)")
     r1_interval: int = opt(16, "R1 is computed every so many steps")
@@ -671,8 +671,7 @@ def load_batches(data, cfg, indices):
 
 # ---- Ops ---------------------------------------------------------------------------------------------------
 # Equalised layers (StyleGAN2, Karras et al. 2020): weights have unit variance and are scaled when used, so
-# that Adam's steps are alike in all. FIR resampling. The tri-plane lookup (EG3D, Chan et al. 2022): in
-# PyTorch, and by custom_ops.cu.
+# that Adam's steps are alike in all. FIR resampling. The tri-plane lookup (EG3D, Chan et al. 2022).
 
 
 def normalize_2nd_moment(x):
@@ -1067,6 +1066,7 @@ def importance_depths(depths, weights, u):
     bins = (depths[..., 1:] + depths[..., :-1]) / 2  # (..., S-1)
     pdf = weights[..., 1:-1] + 1e-5 + 1e-5  # (..., S-2); twice, as the published code adds it
     cdf = F.pad((pdf / pdf.sum(-1, keepdim=True)).cumsum(-1), (1, 0))  # (..., S-1)
+
     above = torch.searchsorted(cdf, u.contiguous(), right=True)  # (..., K)
     below = (above - 1).clamp(min=0)
     above = above.clamp(max=cdf.shape[-1] - 1)
@@ -1344,6 +1344,7 @@ class Generator(nn.Module):
         u = torch.rand(*shape, len(u), device=device) if random else u.expand(*shape, -1)
         fine = importance_depths(coarse, weights, u)  # (B, R, K)
         fine_rgb, fine_sigma = self.query(planes, origins, directions, fine)
+
         depths, order = torch.cat([coarse, fine], -1).sort(-1)  # (B, R, S)
         rgb = torch.cat([rgb, fine_rgb], -2).gather(-2, order[..., None].expand(-1, -1, -1, 3))
         return rgb, torch.cat([sigma, fine_sigma], -1).gather(-1, order), depths
@@ -1535,8 +1536,7 @@ class Teacher(nn.Module):
 
 
 # ---- Losses ------------------------------------------------------------------------------------------------
-# Section 3.5 of the paper. The non-saturating loss itself, softplus(-score) for what should look real and
-# softplus(score) for what should not, stands in generator_pass and discriminator_pass.
+# Section 3.5 of the paper. The non-saturating loss itself stands in generator_pass and discriminator_pass.
 
 
 def blur(image, sigma, spread=None):
@@ -1956,6 +1956,7 @@ def training_step(run, batch, stats):
     bad_g, w_mean = average_gradients(G, w_sum / share)
     bad_d, stop = average_gradients(D, real.new_full([1], bool(run.stop)))  # with it travels who must stop
     stats.add(nonfinite_g=bad_g, nonfinite_d=bad_d)
+
     run.opt_g.step()
     run.opt_d.step()
     G.mapping_network.w_avg.lerp_(w_mean, 1 - 0.998)  # a part of StyleGAN2's state; nothing here reads it
@@ -2269,8 +2270,7 @@ def write_samples(G, labels, path, scenes=16, views=4):
 
 
 # ---- Main --------------------------------------------------------------------------------------------------
-# The command line: options from a dataclass, what can be wrong with them, which run they mean, and how a
-# program ends. The programs in tools/ use it too.
+# The command line, what can be wrong in it, which run it means, and how a program ends. For tools/, too.
 
 
 def parse_options(options, prog, description, argv=None, positional=(), epilog=""):

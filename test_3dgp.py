@@ -296,7 +296,8 @@ def test_the_mapping_network_of_g_alone_learns_faster():
     assert fast.fc0.weight.std().item() == pytest.approx(10, rel=0.01)
     assert fast(torch.randn(64, 512), None).square().mean().item() == pytest.approx(1, rel=0.1)
 
-    G, D = m.Generator(micro(mapping_lr_mult=0.1)), m.Discriminator(micro(mapping_lr_mult=0.1))
+    G = m.Generator(micro(mapping_lr_mult=0.1))
+    D = m.Discriminator(micro(mapping_lr_mult=0.1))
     assert G.mapping_network.fc0.scale == pytest.approx(0.1 * math.sqrt(2))
     assert D.head_mapping.fc0.scale == pytest.approx(0.01 * math.sqrt(2))
     assert m.Generator(micro()).mapping_network.fc0.scale == pytest.approx(0.01 * math.sqrt(2))
@@ -1905,7 +1906,7 @@ def test_every_mechanism_can_be_switched(tmp_path, options):
 
 
 def test_the_tiny_preset_learns(tmp_path):
-    """Forty steps of the default job: the distance to the data falls by a factor of 2.5 (measured: 3.8)."""
+    """Forty steps of the default job: the distance to the data falls by a factor of 2.5 (measured: 10)."""
     options = flags(out=tmp_path / "run", kimg=0.32, metrics="fid128", reals=128, workers=1)
     assert m.main(options) == 0
 
@@ -3439,11 +3440,8 @@ def test_evaluate_on_two_processes_gives_what_one_gives(run, capsys, tmp_path):
     assert len(log(run, "metrics")) >= 2
     assert one.keys() == two.keys()
     for name, value in one.items():
-        # What names the solids is trained, by sums whose order depends on the number of threads.
-        near = dict(rel=0, abs=0.15) if name.startswith("named_") else dict(rel=1e-4, abs=1e-7)
-        single_class = name.startswith("named_") and name.count("_") > 1
-        if name != "data" and not single_class:
-            assert two[name] == pytest.approx(value, **near), name
+        expected = value if name == "data" else pytest.approx(value, rel=1e-4, abs=1e-7)
+        assert two[name] == expected, name
 
     assert one.keys() >= {"fid33[stub]", "kid33[stub]", "is33[stub]", "precision33[stub]", "nfs9"}
     cameras = {"camera_w1_posterior", "camera_w1_prior"}

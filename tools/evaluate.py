@@ -221,8 +221,9 @@ NAMER_SIZE = 32  # pixels; larger pictures are averaged
 def name_solids(cfg, image, depth, c):
     """Samples: rgb (n, 3, R, R), rendered depth (n, 1, R, R), the classes asked for (n,) -> {name: value}
     named_depth, named_gray: share of samples whose solid is named as what it should be (1 / 8 by chance);
-    with a solid's name: of its class; with _data: of images of the data that were not learned from.
-    They vary by some percent with the number of threads, in whose order the network's sums are taken."""
+    with a solid's name: of its class; with _data: of images of the data that were not learned from."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # sums in one order: any number of processes trains the same network
     data = tdgp.ShapesData(dataclasses.replace(cfg, resolution=NAMER_SIZE))
     items = [data[i] for i in range(NAMER_IMAGES + 512)]
     batch = torch.utils.data.default_collate(items)
@@ -240,6 +241,7 @@ def name_solids(cfg, image, depth, c):
         found[f"named_{kind}_data"] = float(right_data.double().mean())
         for k, solid in enumerate(tdgp.SOLIDS):
             found[f"named_{kind}_{solid}"] = float(right[c == k].double().mean())
+    torch.set_num_threads(threads)
     return found
 
 

@@ -26,6 +26,12 @@ constexpr bool GPU = true;
 #define SHARED inline
 #define UNROLL _Pragma("GCC unroll 12")
 constexpr bool GPU = false;
+
+// to += w g, both V adjacent numbers. Of a loop GCC would make V steps.
+template <int V, class A> inline void add(A* to, A w, const A* g) {
+  typedef A Vector __attribute__((vector_size(V * sizeof(A)), aligned(sizeof(A)), may_alias));
+  *reinterpret_cast<Vector*>(to) += w * *reinterpret_cast<const Vector*>(g);
+}
 #endif
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -135,9 +141,9 @@ SHARED void scatter(const Query<S, A>& q, int64_t b, const Place<A>& place, int 
   const Corner<A> at = corner(place, i, q.T);
   if (!at.inside) return;
   A *to = at.in(q.grad_planes, b, c), w = at.weight;
-#ifndef __CUDA_ARCH__
-  for (int v = 0; v < V; v++) to[v] += w * g.x[v];
-#else   // several threads may add to a place at once
+#ifndef __CUDACC__
+  add<V>(to, w, g.x);
+#elif defined(__CUDA_ARCH__)   // several threads may add to a place at once
   if constexpr (V % 4 == 0 && __CUDA_ARCH__ >= 900)
     UNROLL for (int v = 0; v < V; v += 4)
       atomicAdd(reinterpret_cast<float4*>(to + v),
@@ -370,21 +376,29 @@ template <class S, class A> void point_backward(const Query<S, A>& q, int64_t b,
   each_block(0, q.C, [&](auto V, int c) { scatter<V()>(q, b, place, c, pack<V()>(g + c), q.grad_points + at); });
 }
 
+// Channels [low, high) of a plane's gradient, by points [first, first + n) of an image, whose features have gradients g.
+template <int PLANE, class S, class A>
+void plane_backward(const Query<S, A>& q, int64_t b, int64_t first, int64_t n, int low, int high, A* g) {
+  for (int64_t i = 0; i < n; i++, g += q.C) {
+    const Place<A> place = locate(q, q.points + (b * q.N + first + i) * 3);
+    each_block(low, high, [&](auto V, int c) {
+      const Pack<A, V()> here = pack<V()>(g + c);
+      UNROLL for (int k = 0; k < 4; k++) scatter<V()>(q, b, place, PLANE * 4 + k, c, here);
+    });
+  }
+}
+
 // Points [first, last) of each image; g_features (B, last - first, C) is the gradient of their features.
 template <class S, class A>
 void planes_backward(const Query<S, A>& q, A* g_features, int64_t first, int64_t last, int threads) {
+  constexpr auto xy = plane_backward<0, S, A>, xz = plane_backward<1, S, A>, yz = plane_backward<2, S, A>;
   const int64_t n = last - first;
   const int shares = int((threads + 3 * q.B - 1) / (3 * q.B)), width = ((q.C + shares - 1) / shares + 15) / 16 * 16;
 #pragma omp parallel for num_threads(threads)
   for (int64_t task = 0; task < q.B * 3 * shares; task++) {
-    const int64_t b = task / shares / 3;
-    const int plane = int(task / shares % 3), low = int(task % shares) * width;
-    for (int64_t i = b * n; i < (b + 1) * n; i++) {
-      const Place<A> place = locate(q, q.points + (b * q.N + first + i % n) * 3);
-      each_block(low, low + width < q.C ? low + width : q.C, [&](auto V, int c) {
-        for (int k = 0; k < 4; k++) scatter<V()>(q, b, place, plane * 4 + k, c, pack<V()>(g_features + i * q.C + c));
-      });
-    }
+    const int64_t b = task / shares / 3, plane = task / shares % 3;
+    const int low = int(task % shares) * width, high = low + width < q.C ? low + width : q.C;
+    (plane == 0 ? xy : plane == 1 ? xz : yz)(q, b, first, n, low, high, g_features + b * n * q.C);
   }
 }
 
@@ -490,7 +504,7 @@ template <class S, class A> const char* run(const Query<S, A>& q, int64_t contex
 // ---------------------------------------------------------------------------------------------------------------------
 // The interface. dtype of the planes: 0 float32, 1 bfloat16, 2 float64 (CPU); everything else is float32, or float64
 // with it. size: B, N, C, T, then the planes' strides over images, planes, rows, pixels. tensors: planes, points,
-// decoder, out, grad, grad_planes (B, 3, T, T, C) without gaps, grad_points, grad_decoder; null where there is none.
+// decoder, out, grad, grad_planes (B, T, T, 3, C) without gaps, grad_points, grad_decoder; null where there is none.
 // The gradient of b2, a plain sum, is left to the caller. context: the CUDA stream, or the number of threads. Returns
 // null, or what is wrong.
 
@@ -499,7 +513,7 @@ template <class S, class A> const char* call(const int64_t* n, void* const* t, d
   const auto a = [t](int i) { return static_cast<A*>(t[i]); };
   if (n[0] == 0 || n[1] == 0) return nullptr;
   return run(Query<S, A>{n[0], n[1], int(C), int(T), {static_cast<S*>(t[0]), n[4], n[5], n[6], n[7]}, a(1),
-                         A((T - 1) / (2 * box)), a(2), a(3), a(4), {a(5), 3 * T * T * C, T * T * C, T * C, C}, a(6),
+                         A((T - 1) / (2 * box)), a(2), a(3), a(4), {a(5), 3 * T * T * C, C, 3 * T * C, 3 * C}, a(6),
                          a(7)}, context);
 }
 

@@ -1531,7 +1531,7 @@ def test_bf16_is_near_fp32():
     exact = image_score_and_gradient("fp32")
     rounded = image_score_and_gradient("bf16")
     for x, y in zip(exact, rounded, strict=True):
-        assert 0 < float((x - y).norm() / x.norm()) < 0.1
+        assert 0 < float((x - y).norm() / x.norm()) < 0.12
 
 
 # ------------------------------------------------------------------------------------------------------------

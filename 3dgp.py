@@ -40,7 +40,6 @@ import logging
 import math
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -96,6 +95,7 @@ class Config:
     # sizes; the first two are no options, they are set from the data and the teacher
     num_classes: int = 0  # 0: none
     teacher_dim: int = 0  # size of the teacher's features; 0: no distillation head
+    dims: int = opt(3, "2: the backbone paints the picture itself; give --depth none, too", 2, 3)
     resolution: int = opt(256, "image resolution")
     patch_resolution: int = opt(64, "patch resolution: what is rendered and what the discriminator sees")
     triplane_resolution: int = opt(512, "tri-plane resolution T")
@@ -306,7 +306,7 @@ def to_rgb(image):
     if image.mode.startswith("I"):
         gray = np.asarray(image).clip(0, 65535) // 257
         image = PIL.Image.fromarray(gray.astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    if image.has_transparency_data:
         white = PIL.Image.new("RGBA", image.size, "white")
         image = PIL.Image.alpha_composite(white, image.convert("RGBA"))
     return image.convert("RGB")
@@ -369,10 +369,9 @@ class ImageData:
 
         if self.source.is_file():
             try:
-                archive = open_zip(self.source, os.getpid())
+                return open_zip(self.source, os.getpid()).namelist()
             except Exception as e:  # zipfile raises many kinds
                 refuse(e)
-            return archive.namelist()
 
         files, seen = [], set()
         for path, folders, members in os.walk(self.source, followlinks=True, onerror=refuse):
@@ -441,7 +440,7 @@ class ImageData:
             except Exception as e:  # decoders of damaged files raise anything
                 name = self.names[i]
                 if name not in self.unreadable:
-                    print(f"skipped, unreadable: {name} ({e})", file=sys.stderr, flush=True)
+                    print(f"skipped, unreadable: {name} ({e})", file=sys.stderr)
                 self.unreadable.add(name)
                 i = (i + 1) % len(self)
         raise UserError(f"--data {self.source}: 100 images in a row are unreadable or gone; mend the data")
@@ -800,11 +799,6 @@ def custom_ops(device_type):
     return function
 
 
-def channels_last(planes):
-    """(B, 3, C, T, T) as before, with all that the planes have at a pixel adjacent in memory."""
-    return planes.permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2)
-
-
 def call_custom_ops(planes, points, box, decoder, *rest):
     """rest: out, grad, grad_planes, grad_points, grad_decoder, or the first of them; empty: none."""
     B, three, C, T, width = planes.shape
@@ -813,14 +807,15 @@ def call_custom_ops(planes, points, box, decoder, *rest):
     types = [torch.float32, torch.bfloat16, torch.float64]  # of the planes, as custom_ops.cu counts them
     kind = torch.promote_types(planes.dtype, torch.float32), planes.device
     packed = ((32 if planes.is_cuda or C > 16 else 16) + 5) * 64 + 4  # w1, b1 and four rows of w2; b2
-    shapes_fit = (three, width) == (3, T) and points.shape[::2] == (B, 3)
+    shapes_fit = (three, width, *points.shape[::2]) == (3, T, B, 3)
     decoder_fits = len(decoder) == 0 or (C <= 32 and len(decoder) == packed)
     kinds_fit = planes.dtype in types and all((t.dtype, t.device) == kind for t in others)
     if not (call and shapes_fit and decoder_fits and kinds_fit):
         needs = "custom_ops.cu, planes (B, 3, C, T, T), points (B, N, 3), decoder empty or packed, C <= 32"
         raise ValueError(f"triplane: needs {needs}; float32 or float64, or bfloat16 planes; on one device")
 
-    planes = planes if planes.stride(2) == 1 else channels_last(planes)
+    if planes.stride(2) != 1:  # the channels of a pixel must be adjacent in memory
+        planes = planes.movedim(2, 4).contiguous().movedim(4, 2)
     tensors = [planes, *(t.contiguous() for t in others)]
     size = (ctypes.c_int64 * 8)(B, points.shape[1], C, T, *(planes.stride(i) for i in (0, 1, 3, 4)))
     pointers = (ctypes.c_void_p * 8)(*(t.data_ptr() for t in tensors))
@@ -833,8 +828,8 @@ def call_custom_ops(planes, points, box, decoder, *rest):
 
 class Triplane(torch.autograd.Function):
     """`sample_triplane`, or with `TriplaneDecoder.packed()` (C <= 32; empty: none) its result (B, N, 4).
-    planes (B, 3, C, T, T) float32 or bfloat16, fast if `channels_last`; points (B, N, 3), decoder float32; on
-    a CPU all may be float64. Gradients, first ones, to all three; on a GPU their last digits vary."""
+    planes (B, 3, C, T, T) float32 or bfloat16, fast if channels are adjacent; points (B, N, 3), decoder
+    float32; on a CPU all may be float64. First derivatives, of all three; on a GPU their last digits vary."""
 
     @staticmethod
     def forward(ctx, planes, points, box, decoder):
@@ -1200,7 +1195,7 @@ class ToRGB(nn.Module):
     def forward(self, x, w):
         """(B, in, H, W), (B, w_dim) -> (B, out, H, W), the channels of a pixel adjacent in memory"""
         style = self.affine(w) / math.sqrt(self.weight.shape[1])  # (B, in)
-        weight = (style[:, :, None] * self.weight[:, :, 0, 0].t()).to(x.dtype)  # (B, in, out)
+        weight = (style.unsqueeze(2) * self.weight.flatten(1).t()).to(x.dtype)  # (B, in, out)
         y = torch.baddbmm(self.bias.to(x.dtype), x.flatten(2).transpose(1, 2), weight)  # (B, H W, out)
         return y.transpose(1, 2).unflatten(2, x.shape[2:])
 
@@ -1239,7 +1234,7 @@ class TriplaneBackbone(nn.ModuleDict):
             self[f"b{r}"] = SynthesisBlock(before, channels(cfg, r), cfg.w_dim, r, 3 * cfg.triplane_features)
 
     def forward(self, w, noise="const"):
-        """w (B, w_dim); noise "const", "random" or "none" -> planes (B, 3, C, T, T), `channels_last`"""
+        """w (B, w_dim); noise "const", "random" or "none" -> planes (B, 3, C, T, T)"""
         x = planes = None
         for block in self.values():
             x, planes = block(x, planes, w, noise)
@@ -1352,6 +1347,9 @@ class Generator(nn.Module):
     def render(self, planes, camera, resolution, patch=None, chunk=2**14, cut=False):
         """planes (B, 3, C, T, T), a Camera and, maybe, a Patch of B -> rgb (B, 3, H, W), depth (B, 1, H, W)
         Evaluation: `chunk` rays at a time, to bound memory, but with cut: densities below the median are 0"""
+        if self.cfg.dims == 2:  # one feature of each plane is a channel of the picture
+            image = extract_patch(planes[:, :, 0], patch, resolution)
+            return image, torch.zeros_like(image[:, :1])
         B = len(planes)
         origins, directions = camera_rays(camera, resolution, patch)  # (B, R, 3)
         size = origins.shape[1] if self.training or cut else max(1, chunk // B)
@@ -1631,8 +1629,9 @@ def area8(image):
     return F.adaptive_avg_pool2d(image, 8).flatten(1)
 
 
-METRICS_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/"
-INCEPTION = "inception-2015-12-05"
+INCEPTION = (
+    "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
+)
 
 
 class Detector:
@@ -1644,20 +1643,19 @@ class Detector:
         self.label = "[area8]"  # what stands behind the names of metrics
         if name == "area8":
             return
-        url = f"{METRICS_URL}{INCEPTION}.pt"
-        cached = Path(torch.hub.get_dir(), "checkpoints", f"{INCEPTION}.pt")
+        cached = Path(torch.hub.get_dir(), "checkpoints", Path(INCEPTION).name)
         path = cached if name == "inception" else Path(name)
         try:
             if path == cached and not cached.exists():
                 cached.parent.mkdir(parents=True, exist_ok=True)
-                torch.hub.download_url_to_file(url, str(cached), progress=RANK == 0)
+                torch.hub.download_url_to_file(INCEPTION, str(cached), progress=RANK == 0)
             self.net = torch.jit.load(path, map_location=device).eval()
             image = torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=device)
             self.width = self.net(image, return_features=True).shape[1]
         except Exception as e:  # urllib and torch raise anything
             what = f"{path} is not there, or not TorchScript in the field's format ({type(e).__name__})"
-            raise UserError(f"--detector {name}: {what}; fetch {url} and name it, or take area8") from None
-        self.label = "" if path.stem == INCEPTION else f"[{path.stem}]"
+            raise UserError(f"--detector {name}: {what}; fetch {INCEPTION} and name it, or area8") from None
+        self.label = "" if path.name == cached.name else f"[{path.stem}]"
 
     @torch.no_grad()
     def __call__(self, image):
@@ -1977,8 +1975,9 @@ def choose_device(wanted, precision="tf32"):
     if wanted == "cpu" or not torch.cuda.is_available():
         # glibc: freed memory stays with the process, since new pages cost more than the arithmetic on them.
         with contextlib.suppress(OSError, AttributeError, TypeError):
-            ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
-            ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD
+            library = ctypes.CDLL(None)
+            library.mallopt(-4, 0)  # M_MMAP_MAX
+            library.mallopt(-1, -1)  # M_TRIM_THRESHOLD
         return torch.device("cpu")
     if torch.cuda.device_count() <= LOCAL_RANK:
         raise UserError(f"more processes than this machine's {torch.cuda.device_count()} GPUs; start fewer")
@@ -2192,11 +2191,11 @@ def train_until_trouble(cfg, state, stop):  # noqa: C901, PLR0915 (the loop, fro
             bar.update(cfg.batch_size)
 
             if run.due(cfg.log_kimg):
-                speed = (run.images - tick[1]) / (time.time() - tick[0])
-                memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # MB; Linux counts KB
+                since, images = tick
+                speed = (run.images - images) / (time.time() - since)
+                entry = dict(kimg=run.kimg, **stats.result(device))
                 if device.type == "cuda":
-                    memory = torch.cuda.max_memory_allocated(device) / 2**20
-                entry = dict(kimg=round(run.kimg, 3), **stats.result(device), memory_mb=memory)
+                    entry.update(memory_mb=torch.cuda.max_memory_allocated(device) / 2**20)
                 entry.update(images_per_second=round(speed, 2), schedules=schedules(cfg, run.kimg))
                 if cfg.guard == "on" and (what := diagnose(entry, history)):
                     return what, run.kimg, healthy
@@ -2295,7 +2294,7 @@ def parse_options(options, prog, description, argv=None, positional=(), epilog="
         text = f"{option.metadata['help']} (default: {default})".replace("%", "%%")
         parser.add_argument("--" + option.name.replace("_", "-"), help=text, **how)
     given = vars(parser.parse_args(argv))
-    return {k: tuple(v) if isinstance(getattr(options, k, None), tuple) else v for k, v in given.items()}
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
 
 
 POSITIVE = {"batch_size", "triplane_features", "channel_base", "channel_max", "adaptor_channels", "z_dim"}
@@ -2327,6 +2326,7 @@ def validate(cfg, world):
 
     R, P = cfg.resolution, cfg.patch_resolution
     require(cfg.data, "--data is empty: name a data set, or a folder or zip of images")
+    require(cfg.dims == 3 or cfg.depth == "none", "--dims 2: a picture has no depth; add --depth none")
     require(P <= R, f"--patch-resolution {P}: larger than --resolution {R}")
     require(cfg.prior_pitch[1] <= math.pi, "--prior-pitch: must lie between 0 and pi")
     require(cfg.prior_fov[1] < 180, "--prior-fov: must stay below 180 degrees")

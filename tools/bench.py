@@ -272,7 +272,7 @@ def measure_query(way, dtype, cfg, decoder, device):
     B, R, S, C, T = SIZES[device.type]
     planes = torch.randn(B, 3, C, T, T, device=device, dtype=dtype)
     if "fused" in way:
-        planes = tdgp.channels_last(planes)  # the layout it likes best
+        planes = planes.permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2)  # as the backbone has it
     planes.requires_grad_()
     origins, directions = tdgp.camera_rays(tdgp.sample_camera_prior(cfg, B, device), R)  # 2 x (B, R², 3)
     depths = tdgp.stratified_depths(cfg.near, cfg.far, (B, R * R), S, True, device)  # (B, R², S)

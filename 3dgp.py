@@ -168,24 +168,22 @@ class Config:
 
 
 # Sizes. Short runs have schedules that suit them; with the published units of the EMD, their fov stays high.
-SHORT = dict(camera_reg_units="range", camera_reg_weights=(10.0, 4.0, 5.0, 0.5), camera_lr_mult=1.0)
 # fmt: off
+SHORT = dict(
+    patch_resolution=32, triplane_resolution=64, triplane_features=16, channel_max=64, adaptor_channels=16,
+    z_dim=64, w_dim=64, mapping_lr_mult=0.1, camera_lr_mult=1.0, camera_reg_units="range",
+    camera_reg_weights=(14.0, 4.0, 5.0, 0.5), camera_reg_kimg=2, density_noise_kimg=2, blur_sigma=2.0,
+    blur_kimg=1, batch_size=8, g_lr=0.006, d_lr=0.0045, lr_decay=0.5, r1_gamma=0.5,
+    metrics="fid1k,nfs64", detector="area8", reals=1024, workers=1,
+)
 PRESETS = {
     "tiny": dict(
-        SHORT, resolution=32, patch_resolution=32, triplane_resolution=64, triplane_features=16,
-        channel_base=1024, channel_max=64, adaptor_channels=16, z_dim=64, w_dim=64, mapping_lr_mult=0.1,
-        coarse_samples=8, fine_samples=8, batch_size=8, kimg=24, r1_gamma=0.5, ema_kimg=0.5,
-        g_lr=0.006, d_lr=0.0045, lr_decay=0.5, density_noise_kimg=2, adaptor_kimg=50,
-        camera_reg_kimg=2, blur_sigma=2.0, blur_kimg=1, snapshot_kimg=4, log_kimg=0.25, metrics_kimg=4,
-        metrics="fid1k,nfs64", detector="area8", reals=1024, workers=1,
+        SHORT, resolution=32, channel_base=1024, coarse_samples=8, fine_samples=8, adaptor_kimg=50,
+        ema_kimg=0.5, kimg=24, snapshot_kimg=4, log_kimg=0.25, metrics_kimg=4,
     ),
     "small": dict(
-        SHORT, resolution=64, patch_resolution=64, triplane_resolution=128, triplane_features=32,
-        channel_base=8192, channel_max=256, z_dim=128, w_dim=128,
-        coarse_samples=24, fine_samples=24, batch_size=32, kimg=400, r1_gamma=0.5, ema_kimg=4,
-        density_noise_kimg=80, adaptor_kimg=160, camera_reg_kimg=120, blur_sigma=4.0,
-        blur_kimg=10, snapshot_kimg=25, log_kimg=1, metrics_kimg=25, metrics="fid2k,nfs64", detector="area8",
-        reals=2048,
+        SHORT, resolution=64, channel_base=2048, coarse_samples=12, fine_samples=12, adaptor_kimg=200,
+        patch_kimg=50, ema_kimg=1, kimg=100, snapshot_kimg=10, log_kimg=1, metrics_kimg=10,
     ),
     "base": {},
     "imagenet": dict(channel_base=65536, channel_max=1024),
@@ -404,10 +402,10 @@ class ImageData:
         """{name: class} of dataset.json; empty when it lists none."""
         try:
             listed = json.loads(self.read(listing))["labels"] or []
-            table = {os.path.join(os.path.dirname(listing), name): int(label) for name, label in listed}
-            if table and not 0 <= min(table.values()) <= max(table.values()) < 100_000:
-                raise ValueError("classes must be numbers from 0 to 99,999")
-            return table
+            for name, label in listed:
+                if type(label) is not int or not 0 <= label < 100_000:
+                    raise ValueError(f"{name}: class {label!r} is no whole number from 0 to 99,999")
+            return {os.path.join(os.path.dirname(listing), name): label for name, label in listed}
         except Exception as e:  # whatever a damaged file leads to
             form = '{"labels": [["file", class], ...]}'
             raise UserError(f"--data {self.source}: dataset.json is not of the form {form} ({e})") from None
@@ -665,7 +663,8 @@ def load_batches(data, cfg, indices):
         raise UserError(str(e).rpartition("UserError: ")[2].strip()) from None
     except (RuntimeError, OSError, EOFError) as e:
         reason = str(e).partition("\n")[0]
-        raise UserError(f"--data: data workers fail: {reason}; the run goes on with --resume auto") from None
+        what = f"--data: data workers fail: {reason}"
+        raise UserError(f"{what}; --resume auto goes on, --workers 0 needs no shared memory") from None
 
 
 # ---- Ops ---------------------------------------------------------------------------------------------------
@@ -2367,6 +2366,7 @@ def resolve(given):
 def run_program(name, work):
     """Calls work(); what a user can mend becomes one line on standard error. -> exit status"""
     status = 0
+    sys.stdout.reconfigure(errors="replace")  # what the terminal cannot show is no reason to end
     try:
         work()
     except (UserError, OSError) as e:

@@ -300,9 +300,9 @@ class Work:
     def read_map(self, name):
         """-> float32 (H, W)"""
         stem = Path(self.cfg.depth_from) / Path(name).with_suffix("")
-        for end in (".npy", ".png", "_depth.png"):
+        for end in ("_depth.png", ".npy", ".png"):
             path = stem.with_name(stem.name + end)
-            if path.exists():
+            if path.exists() and path.resolve() != (self.data.source / name).resolve():
                 depth = np.load(path).squeeze() if end == ".npy" else tdgp.read_depth(path.read_bytes())
                 if depth.ndim != 2 or depth.size == 0:
                     raise ValueError(f"{path} is no map: its shape is {depth.shape}")
@@ -469,7 +469,7 @@ def claim(job, weights):
 
 def write_text(path, text):
     with tdgp.atomic(path) as tmp:
-        tmp.write_text(text)
+        tmp.write_text(text, encoding="utf-8")
 
 
 def wait_for(paths):
@@ -489,7 +489,7 @@ def choose(job, pool, indices, teacher):
         selected = select(job, pool, indices, teacher)
         write_text(kept, "".join(f"{job.work.names[i]}\n" for i in selected))
     wait_for([kept])
-    names = set(kept.read_text().split("\n"))
+    names = set(kept.read_text(encoding="utf-8").split("\n"))
     return [i for i in indices if job.work.names[i] in names]
 
 

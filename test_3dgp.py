@@ -461,6 +461,17 @@ def test_published_layout(tmp_path):
         data_of(root)
 
 
+@pytest.mark.parametrize("label", ["0.5", "1.0", "-1", "true", "null", "NaN", '"cat"', "100000", "[1]"])
+def test_classes_are_whole_numbers(tmp_path, label):
+    root = make_folder(tmp_path / "a", classes=("c",), each=2)
+    listing = '{"labels": [["c/0.jpg", 0], ["c/1.jpg", %s]]}'
+    (root / "dataset.json").write_text(listing % "7")
+    assert data_of(root, depth="none").labels.tolist() == [0, 7]
+    (root / "dataset.json").write_text(listing % label)
+    with pytest.raises(m.UserError, match="c/1.jpg: class .* is no whole number from 0 to 99,999"):
+        data_of(root, depth="none")
+
+
 def test_every_mode_is_read(tmp_path):
     photo(mode="CMYK").save(tmp_path / "cmyk.jpg")
     photo().convert("P").save(tmp_path / "palette.png")
@@ -2686,6 +2697,14 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, capsys, argv, message):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "cp936", "utf-8"])
+def test_what_a_terminal_cannot_show_is_replaced(encoding):
+    command = [sys.executable, SCRIPT, "--help"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": encoding}, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert f"published ones at 256{'²' if encoding == 'utf-8' else '?'};" in done.stdout.decode(encoding)
+
+
 def test_no_gpu_when_asked_for_one(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     status, err = run_main(capsys, "--device", "cuda", "--out", tmp_path / "out")
@@ -2973,6 +2992,23 @@ def test_ready_depth_maps_of_any_kind(tmp_path, invert):
     for name, tolerance in (("a", 300), ("b", 1200)):
         row = m.read_depth((out / f"{name}_depth.png").read_bytes())[7]
         assert np.abs(row - expected).max() < tolerance
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_photograph_is_never_its_own_depth(tmp_path, beside):
+    root = make_folder(tmp_path / "photos", classes=("cat",), each=2, depth=beside)
+    for path in root.rglob("?.jpg"):
+        PIL.Image.open(path).save(path.with_suffix(".png"))
+        path.unlink()
+    target = tmp_path / "out"
+    status = prepare(root, target, "--depth-from", root, "--resolution", 16)
+    if not beside:
+        assert status == 2
+        assert "no depth" in (target / "skipped.txt").read_text()
+        return
+    assert status == 0
+    rows = m.read_depth((target / "cat" / "0_depth.png").read_bytes())
+    assert (np.diff(rows[5]) > 0).all()  # the ramp
 
 
 def test_instance_selection_keeps_the_typical(tmp_path, weights, monkeypatch):

@@ -328,7 +328,7 @@ def ablate(options):
         by_variant.setdefault(trial.variant.name, []).append(trial)
     text = table(by_variant)
     with tdgp.atomic(out / "table.md") as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
     tdgp.write_image(draw_curves(by_variant), out / "curves.png")
     tdgp.write_image(draw_samples(by_variant), out / "samples.png")
     print(f"{text}written to {out}")

@@ -306,7 +306,7 @@ def report(options):
 
     path = Path(options.out or folders[0] / "report.html")
     with tdgp.atomic(path) as tmp:
-        tmp.write_text(page)
+        tmp.write_text(page, "utf-8", "replace")
     print(f"written to {path}")
 
 

@@ -95,7 +95,7 @@ class Config:
     # sizes; the first two are no options, they are set from the data and the teacher
     num_classes: int = 0  # 0: none
     teacher_dim: int = 0  # size of the teacher's features; 0: no distillation head
-    dims: int = opt(3, "2: the backbone paints the picture itself; give --depth none, too", 2, 3)
+    dims: int = opt(3, "2: the first feature of each plane is a channel of the picture", 2, 3)
     resolution: int = opt(256, "image resolution")
     patch_resolution: int = opt(64, "patch resolution: what is rendered and what the discriminator sees")
     triplane_resolution: int = opt(512, "tri-plane resolution T")
@@ -313,7 +313,9 @@ def to_rgb(image):
 def read_depth(png):
     """Depth from the bytes of a gray PNG of 8 or 16 bits. -> float32 (H, W)"""
     with PIL.Image.open(io.BytesIO(png)) as image:
-        depth = np.atleast_3d(image.convert("L") if image.mode == "P" else image)  # (H, W, 1 or more)
+        depth = np.atleast_3d(image.convert("RGB") if image.mode == "P" else image)  # (H, W, 1 to 4)
+    if depth.shape[2] > 2 and (depth[..., 0] != depth[..., 1]).any():
+        raise ValueError("a picture of depth, not depth: it has colours")
     return depth[..., 0].astype(np.float32)
 
 
@@ -663,8 +665,7 @@ def load_batches(data, cfg, indices):
         raise UserError(str(e).rpartition("UserError: ")[2].strip()) from None
     except (RuntimeError, OSError, EOFError) as e:
         reason = str(e).partition("\n")[0]
-        what = f"--data: data workers fail: {reason}"
-        raise UserError(f"{what}; --resume auto goes on, --workers 0 needs no shared memory") from None
+        raise UserError(f"--data: data workers fail: {reason}; try --resume auto, --workers 0") from None
 
 
 # ---- Ops ---------------------------------------------------------------------------------------------------
@@ -1651,8 +1652,8 @@ class Detector:
             self.net = torch.jit.load(path, map_location=device).eval()
             image = torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=device)
             self.width = self.net(image, return_features=True).shape[1]
-        except Exception as e:  # urllib and torch raise anything
-            what = f"{path} is not there, or not TorchScript in the field's format ({type(e).__name__})"
+        except Exception:  # urllib and torch raise anything
+            what = f"{path} is not there, or not TorchScript in the field's format"
             raise UserError(f"--detector {name}: {what}; fetch {INCEPTION} and name it, or area8") from None
         self.label = "" if path.name == cached.name else f"[{path.stem}]"
 
@@ -2052,8 +2053,8 @@ def restore(path, state, **modules):
     try:
         for name, module in modules.items():
             module.load_state_dict(state[name])
-    except Exception as e:  # of other options or data, or damaged
-        raise UserError(f"--resume {path}: of networks that do not fit ({type(e).__name__})") from None
+    except Exception:  # of other options or data, or damaged
+        raise UserError(f"--resume {path}: of networks that do not fit") from None
 
 
 def load_generator(resume, device="auto"):
@@ -2190,8 +2191,7 @@ def train_until_trouble(cfg, state, stop):  # noqa: C901, PLR0915 (the loop, fro
             bar.update(cfg.batch_size)
 
             if run.due(cfg.log_kimg):
-                since, images = tick
-                speed = (run.images - images) / (time.time() - since)
+                speed = (run.images - tick[1]) / (time.time() - tick[0])
                 entry = dict(kimg=run.kimg, **stats.result(device))
                 if device.type == "cuda":
                     entry.update(memory_mb=torch.cuda.max_memory_allocated(device) / 2**20)
@@ -2324,7 +2324,6 @@ def validate(cfg, world):
             require(power, f"{flag} {value}: must be a power of two, 8 or more")
 
     R, P = cfg.resolution, cfg.patch_resolution
-    require(cfg.data, "--data is empty: name a data set, or a folder or zip of images")
     require(cfg.dims == 3 or cfg.depth == "none", "--dims 2: a picture has no depth; add --depth none")
     require(P <= R, f"--patch-resolution {P}: larger than --resolution {R}")
     require(cfg.prior_pitch[1] <= math.pi, "--prior-pitch: must lie between 0 and pi")
@@ -2366,7 +2365,8 @@ def resolve(given):
 def run_program(name, work):
     """Calls work(); what a user can mend becomes one line on standard error. -> exit status"""
     status = 0
-    sys.stdout.reconfigure(errors="replace")  # what the terminal cannot show is no reason to end
+    if hasattr(sys.stdout, "reconfigure"):  # what the terminal cannot show is no reason to end
+        sys.stdout.reconfigure(errors="replace")
     try:
         work()
     except (UserError, OSError) as e:

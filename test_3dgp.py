@@ -11,6 +11,7 @@ import functools
 import hashlib
 import http.server
 import importlib.util
+import io
 import itertools
 import json
 import math
@@ -494,6 +495,20 @@ def test_every_mode_is_read(tmp_path):
     upright = PIL.ImageOps.fit(turned.rotate(-90, expand=True), (16, 16), PIL.Image.LANCZOS)
     read = items["turned.jpg"]["image"].permute(1, 2, 0).numpy().astype(int)
     assert np.abs(read - np.asarray(upright)).mean() < 3
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGB", "RGBA", "LA"])
+def test_a_map_is_gray_however_it_is_stored(tmp_path, mode):
+    gray = PIL.Image.linear_gradient("L")
+    content = io.BytesIO()
+    gray.convert(mode).save(content, "PNG")
+    assert np.array_equal(m.read_depth(content.getvalue()), np.asarray(gray))
+    if mode in ("P", "RGB", "RGBA"):  # a picture of it in colours is refused
+        colors = PIL.ImageOps.colorize(gray, "blue", "yellow", "red").convert(mode)
+        content = io.BytesIO()
+        colors.save(content, "PNG")
+        with pytest.raises(ValueError, match="not depth"):
+            m.read_depth(content.getvalue())
 
 
 def test_unreadable_images_are_skipped_and_named(tmp_path, capsys):
@@ -2996,6 +3011,7 @@ def test_ready_depth_maps_of_any_kind(tmp_path, invert):
 
 @pytest.mark.parametrize("beside", [True, False])
 def test_a_photograph_is_never_its_own_depth(tmp_path, beside):
+    """Nor is a picture in colours anybody's."""
     root = make_folder(tmp_path / "photos", classes=("cat",), each=2, depth=beside)
     for path in root.rglob("?.jpg"):
         PIL.Image.open(path).save(path.with_suffix(".png"))
@@ -3005,6 +3021,10 @@ def test_a_photograph_is_never_its_own_depth(tmp_path, beside):
     if not beside:
         assert status == 2
         assert "no depth" in (target / "skipped.txt").read_text()
+        shutil.copytree(root, tmp_path / "maps")
+        target = tmp_path / "other"
+        assert prepare(root, target, "--depth-from", tmp_path / "maps") == 2
+        assert "a picture of depth, not depth" in (target / "skipped.txt").read_text()
         return
     assert status == 0
     rows = m.read_depth((target / "cat" / "0_depth.png").read_bytes())
@@ -3130,6 +3150,9 @@ BAD_INPUT_OF_TOOLS = [
     ("ablate", ["colour"], "colour: must be one of adaptor"),
     ("ablate", ["depth", "--seeds", "0"], "--seeds 0: must be positive"),
     ("ablate", ["depth", "--options", "--kimg 0"], "--kimg 0.0: must be positive"),
+    ("ablate", ["depth", "--options", "--out x"], "neither --out nor --resume"),
+    ("ablate", ["depth", "--options", "--data it's"], "No closing quotation"),
+    ("ablate", ["depth", "--metrics", "foo7"], "--metrics foo7: must be fid"),
     ("bench", ["--repeats", "0"], "--repeats 0: must be positive"),
     ("bench", ["--frobnicate", "3"], "--help"),
 ]
@@ -3445,13 +3468,12 @@ def make_trials(out, name, distances):
     """Finished runs of a variant: for each seed its distances at 1, 2, ... kimg."""
     trials = []
     for seed, curve in enumerate(distances):
-        trial = tool("ablate").Trial(
-            tool("ablate").Variant(name, "", f"claim of {name}"), out / f"{name}-{seed}", []
-        )
+        variant = tool("ablate").Variant(name, "", f"claim of {name}")
+        trial = tool("ablate").Trial(variant, out / f"{name}-{seed}", [], [])
         trial.folder.mkdir()
         for kimg, distance in enumerate([90.0, *curve]):
             m.append_line(trial.folder / "metrics.jsonl", {"kimg": kimg, "fid8[area8]": distance})
-        trial.result.write_text(json.dumps({"options": [], "kimg": kimg, "fid8[area8]": distance, "lr": 1.0}))
+        trial.write(**{"kimg": kimg, "fid8[area8]": distance, "lr": 1.0})
         trials.append(trial)
     return trials
 
@@ -3461,13 +3483,16 @@ def test_a_table_has_means_deviations_and_when_the_baseline_was_reached(tmp_path
     first = make_trials(tmp_path, "first", [[8.0, 6.0, 4.0], [8.0, 7.0, 6.0]])
     second = make_trials(tmp_path, "second", [[6.0, 5.0, 3.0], [6.0, 4.0, 2.0]])
     third = make_trials(tmp_path, "third", [[9.0, 8.0, 7.0]])
-    by_variant = {"first": first, "second": second, "third": third}
+    fourth = make_trials(tmp_path, "fourth", [[math.nan, 0.0, math.inf]])
+    fourth[0].write(failed="diverged")
+    by_variant = {"first": first, "second": second, "third": third, "fourth": fourth}
     heads, _, *rows = tool("ablate").table(by_variant).splitlines()
     assert heads.split(" | ")[:2] == ["| variant", "fid8[area8]"]
     assert rows == [
         "| first | 5 ± 1.4 | 3 | claim of first |",
         "| second | 2.5 ± 0.71 | 2 | claim of second |",
         "| third | 7 | not reached | claim of third |",
+        "| fourth | - | not reached | claim of fourth (1 runs diverged) |",
     ]
 
     # The line of the second one lies below that of the first.
@@ -3489,6 +3514,9 @@ def test_a_killed_ablation_goes_on_where_it_was(tmp_path):
     # Killed in the second of two runs, which then stops by itself.
     process = subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL)
     wait_for(lambda: (out / "without-0" / "log.jsonl").exists())
+    second = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert second.returncode == 2
+    assert "still at work there" in second.stderr
     process.kill()
     process.wait()
     wait_for(lambda: "stopped" in (out / "without-0.log").read_text())
@@ -3509,10 +3537,11 @@ def test_a_killed_ablation_goes_on_where_it_was(tmp_path):
     for picture in ("curves.png", "samples.png"):
         assert PIL.Image.open(out / picture).width > 500
 
-    # Its results are not mixed with those of other options.
+    # Neither finished nor broken runs are mixed with those of other options.
+    (out / "with-0" / "ablation.json").unlink()
     again = subprocess.run([*command[:-1], "--kimg 0.016"], env=env, capture_output=True, text=True)
     assert again.returncode == 2
-    assert "was run with other options" in again.stderr
+    assert "without-0: was run with other options" in again.stderr
 
 
 # Tools: evaluate

@@ -1,18 +1,19 @@
 """Repeats the experiments behind the paper's claims: runs that differ in one thing, and their table.
 
-    python tools/ablate.py adaptor                                 # 3 seeds of each variant: hours
-    python tools/ablate.py camera --seeds 1 --options "--kimg 8"   # shorter; options of 3dgp.py for all runs
+    python tools/ablate.py adaptor                                     # 3 seeds of each variant: hours
+    python tools/ablate.py adaptor --options "--depth-distortion 2"    # options of 3dgp.py for all runs
     python tools/ablate.py distillation --options "--data photos/ --preset small --depth none
                            --teacher-weights tf_efficientnet_lite0.pth"
 
 Runs follow each other, each in a folder of its own. Called again, it goes on where it was: finished runs are
-passed over, broken ones resumed. In the end there are table.md (means and deviations over the seeds, at equal
-images), curves.png (distance over images) and samples.png (a row for each variant, of the first seed).
+passed over, broken ones resumed. It writes table.md (means and deviations over the seeds, at equal images),
+curves.png (distance over images) and samples.png (a row for each variant, of the first seed).
 """
 
-import collections
 import dataclasses
+import fcntl
 import importlib
+import itertools
 import json
 import math
 import re
@@ -41,39 +42,28 @@ class Variant:
     claim: str  # of the paper, and where
 
 
-# StyleGAN2: the backbone paints the picture itself.
-FLAT = "--dims 2 --depth none --camera frontal --triplane-features 1"
+# StyleGAN2 at 64²: the backbone paints the picture itself.
+FLAT = "--dims 2 --depth none --camera frontal --triplane-features 1 "
+FLAT += "--resolution 64 --triplane-resolution 64 --patch-resolution 64"
 
 EXPERIMENTS = {
     "adaptor": (
         Variant("random", "", "section 3.1: one of four candidates at random, the default"),
-        Variant(
-            "never", "--depth-adaptor never", "dogs, FID2k 12.2: geometry takes over the estimator's faults"
-        ),
+        Variant("never", "--depth-adaptor never", "dogs, FID2k 12.2: geometry has the estimator's faults"),
         Variant("half", "--depth-adaptor half", "dogs, FID2k 9.25"),
         Variant("always", "--depth-adaptor always", "dogs, FID2k 8.13, the best"),
-        Variant("truth", "--depth-adaptor never --depth-distortion 0", "no claim: the bound, true depth"),
-    ),
-    "adaptor-2": (
-        Variant("random", "--depth-distortion 2", "as adaptor, for an estimator twice as wrong"),
-        Variant("never", "--depth-distortion 2 --depth-adaptor never", "the same"),
-        Variant("half", "--depth-distortion 2 --depth-adaptor half", "the same"),
-        Variant("always", "--depth-distortion 2 --depth-adaptor always", "the same"),
+        Variant("truth", "--depth-adaptor never --depth-distortion 0", "none: true depth of shapes, a bound"),
     ),
     "camera": (
-        Variant(
-            "emd", "", "section 3.2: learned cameras are better than given ones; the published code's form"
-        ),
-        Variant("grad", "--camera-reg grad --camera-reg-weights 1 1 0.01 0.01", "the paper's form of it"),
+        Variant("emd", "", "section 3.2: learned cameras are better than given ones; the code's form"),
+        Variant("grad", "--camera-reg grad --camera-reg-weights 1 1 0.01 0.01", "the paper's; weights ours"),
         Variant("none", "--camera-reg none", "without a regulariser the posterior collapses"),
         Variant("wide", "--camera prior", "all cameras of the prior: worse than learned ones"),
         Variant("frontal", "--camera frontal", "one camera: the worst, geometry is flat"),
     ),
     "depth": (
         Variant("with", "", "section 3.1: depth makes the geometry"),
-        Variant(
-            "without", "--depth none", "ImageNet: without depth it is flat. Its distance is of RGB alone"
-        ),
+        Variant("without", "--depth none", "ImageNet: flat without depth. Its distance is of RGB alone"),
     ),
     "distillation": (  # on photographs
         Variant("without", "--teacher none", "the baseline of section 3.4"),
@@ -84,7 +74,7 @@ EXPERIMENTS = {
         Variant("with", f"{FLAT} --teacher tf_efficientnet_lite0", "FID at least 40% lower at equal images"),
     ),
 }
-SHOWN = r"fid|precision|recall|nfs|depth_error_render|named_(depth|gray)$|yaw|pitch"  # in the table
+SHOWN = r"^(fid|kid|is)\d|precision|recall|nfs|depth_error_render|named_(depth|gray)$|W1"  # in the table
 COLORS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed")  # of the variants, in turn
 
 
@@ -95,11 +85,9 @@ class AblateOptions:
     experiment: str
     seeds: int = tdgp.opt(3, "runs of each variant, with --seed 0, 1, ...")
     out: str = tdgp.opt("", "folder of all (empty: runs/ablate-<experiment>)")
-    options: str = tdgp.opt("", "options of 3dgp.py for all runs, in quotes")
+    options: str = tdgp.opt("", "options of 3dgp.py for all runs, as in --options='--kimg 8'")
     metrics: str = tdgp.opt("fid1k,nfs64", "of tools/evaluate.py, at the end of each run")
-    detectors: str = tdgp.opt(
-        "area8", "of tools/evaluate.py, separated by blanks; the first one's is the curve"
-    )
+    detectors: str = tdgp.opt("area8", "of tools/evaluate.py, for these metrics; separated by blanks")
 
 
 # ---- Running -----------------------------------------------------------------------------------------------
@@ -110,17 +98,22 @@ class Trial:
     variant: Variant
     folder: Path
     options: list  # of 3dgp.py, but for --out and --resume
+    asked: list  # all that the result depends on
 
-    @property
-    def result(self):
-        """The file whose being there says that the run is finished and measured."""
-        return self.folder / "ablation.json"
+    def read(self):
+        """What is known: `asked`; once it is finished `kimg` and what was measured, or why it `failed`."""
+        rows = read_rows(self.folder / "ablation.json")
+        return rows[0] if rows else {}
 
-    @property
+    def write(self, **found):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with tdgp.atomic(self.folder / "ablation.json") as temporary:
+            temporary.write_text(json.dumps({"asked": self.asked, **found}))
+
     def images(self):
         """Seen so far, as the log says."""
-        rows = read_rows(self.folder / "log.jsonl")
-        return round(1000 * rows[-1]["kimg"]) if rows else 0
+        rows = read_rows(self.folder / "log.jsonl") or [{"kimg": 0}]
+        return round(1000 * rows[-1]["kimg"])
 
 
 def read_rows(path):
@@ -128,97 +121,96 @@ def read_rows(path):
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError):
             continue
     return rows
 
 
 def plan(options):
-    """-> [Trial], seed by seed, so that a first answer is there early; images of a run"""
+    """What is wrong with an option is a UserError here, before anything runs.
+    -> [Trial], seed by seed, so that a first answer is there early; images of a run"""
+    tdgp.parse_metrics(options.metrics, ("fid", "kid", "is", "pr", "nfs"))
     trials = []
-    for seed in range(options.seeds):
-        for variant in EXPERIMENTS[options.experiment]:
+    for seed, variant in itertools.product(range(options.seeds), EXPERIMENTS[options.experiment]):
+        try:
             own = shlex.split(f"{options.options} {variant.options} --seed {seed}")
-            trials.append(Trial(variant, Path(options.out, f"{variant.name}-{seed}"), own))
+        except ValueError as e:
+            raise tdgp.UserError(f"--options {options.options}: {e}") from None
+        given = tdgp.parse_options(tdgp.Config, "3dgp.py", "", own)
+        if given.keys() & {"out", "resume"}:
+            raise tdgp.UserError("--options: neither --out nor --resume can be the same for all runs")
+        cfg = tdgp.make_config(given)
+        tdgp.validate(cfg, 1)
 
-            # What is wrong with an option is said before anything runs.
-            cfg = tdgp.make_config(tdgp.parse_options(tdgp.Config, "3dgp.py", "", own))
-            tdgp.validate(cfg, 1)
+        folder = Path(options.out, f"{variant.name}-{seed}")
+        trial = Trial(variant, folder, own, [*own, options.metrics, options.detectors])
+        if trial.read().get("asked", trial.asked) != trial.asked:
+            raise tdgp.UserError(f"{folder}: was run with other options; name another --out")
+        trials.append(trial)
     return trials, math.ceil(cfg.kimg * 1000 / cfg.batch_size) * cfg.batch_size
 
 
-def start(program, argv, log):
-    """A program of ours as a process that ends when this one is killed; what it says goes to a file."""
-    with open(log, "a") as f:
-        command = [sys.executable, str(program), *argv]
-        return subprocess.Popen(command, stdout=f, stderr=f, preexec_fn=tdgp.stop_with_parent)
-
-
-def finish(process, trial, log, bar, before):
-    """Waits for a process, and shows meanwhile how far the trial is, beyond the images of those before.
-    What went wrong is a UserError."""
-    while process.poll() is None:
-        time.sleep(0.5)
-        bar.update(before + trial.images - bar.n)
-    if process.returncode:
-        said = log.read_text(errors="replace").strip().splitlines()
-        raise tdgp.UserError(f"{trial.folder}: {said[-1]} ({log} has all of it)")
-
-
-def is_finished(trial):
-    """Whether it was run and measured before, which must have been by the same options."""
-    if not trial.result.exists():
-        return False
-    if json.loads(trial.result.read_text())["options"] != trial.options:
-        raise tdgp.UserError(f"{trial.folder}: was run with other options; name another --out")
-    return True
-
-
-def run(trial, bar, images, options):
-    """Trains, or goes on with training, and measures; then the trial's result is there."""
-    before = bar.n
+def call(program, argv, trial, lock, progress):
+    """Runs a program of ours; it ends when this one does, and holds the lock. -> "", or what went wrong"""
     log = trial.folder.with_suffix(".log")
-    argv = ["--out", str(trial.folder), "--resume", "auto", *trial.options]
-    finish(start(HERE.parent / "3dgp.py", argv, log), trial, log, bar, before)
-    kimg = max((kimg for kimg, _ in tdgp.checkpoints(trial.folder)), default=0)
-    if round(kimg * 1000) < images:
-        raise tdgp.UserError(
-            f"{trial.folder}: was stopped at {kimg:g} kimg; the same command goes on from here"
-        )
+    with open(log, "a") as f:
+        how = dict(stdout=f, stderr=f, pass_fds=[lock.fileno()], preexec_fn=tdgp.stop_with_parent)
+        process = subprocess.Popen([sys.executable, str(program), *argv], **how)
+    try:
+        while process.poll() is None:
+            time.sleep(0.5)
+            progress()
+    finally:
+        process.wait()  # after Ctrl-C it saves what it has
 
-    found = {"options": trial.options}
+    if process.returncode == 0:
+        return ""
+    said = log.read_text(errors="replace").strip().splitlines() or [""]
+    return f"{program.name} ended with status {process.returncode}: {said[-1]} ({log})"
+
+
+def run(trial, images, options, lock, progress):
+    """Trains, or goes on, and measures. Divergence is a result; all other trouble ends the experiment."""
+    trial.write()
+    argv = ["--out", str(trial.folder), "--resume", "auto", *trial.options]
+    failed = call(HERE.parent / "3dgp.py", argv, trial, lock, progress)
+    if "diverged" in failed:
+        return trial.write(failed=failed)
+    if failed:
+        raise tdgp.UserError(failed)
+    kimg, _ = tdgp.checkpoints(trial.folder)[0]
+    if round(kimg * 1000) != images:
+        raise tdgp.UserError(f"{trial.folder}: was stopped at {kimg:g} kimg; call again to go on")
+
+    found = {}
     reals = json.loads((trial.folder / "config.json").read_text())["reals"]
+    common = ["--resume", str(trial.folder), "--reals", str(reals), "--metrics", options.metrics]
     for detector in options.detectors.split():
-        argv = ["--resume", str(trial.folder), "--reals", str(reals)]
-        argv += ["--metrics", options.metrics, "--detector", detector]
-        finish(start(HERE / "evaluate.py", argv, log), trial, log, bar, before)
+        argv = [*common, "--detector", detector]
+        if failed := call(HERE / "evaluate.py", argv, trial, lock, progress):
+            raise tdgp.UserError(failed)
         found.update(read_rows(trial.folder / "metrics.jsonl")[-1])
-    for name, value in zip(("yaw", "pitch"), found.get("camera_w1_posterior", []), strict=False):
-        found[f"W1 of {name}"] = value
-    with tdgp.atomic(trial.result) as temporary:
-        temporary.write_text(json.dumps(found, indent=1))
+    yaw, pitch, *_ = found.get("camera_w1_posterior", [None] * 6)
+    trial.write(**found, **{"W1 of yaw": yaw, "W1 of pitch": pitch})
 
 
 # ---- Table -------------------------------------------------------------------------------------------------
-def distances(trial):
-    """The curve of a run: (kimg, its first distance that is written down), without the untrained one"""
-    curve = {}
-    for row in read_rows(trial.folder / "metrics.jsonl"):
-        names = [name for name in row if name.startswith("fid")]
-        if names and row["kimg"] > 0:
-            curve.setdefault(row["kimg"], row[names[0]])
-    return sorted(curve.items())
-
-
 def mean_curve(trials):
-    """Over the seeds of a variant -> [(kimg, mean, standard deviation)] where all have a value"""
-    values = collections.defaultdict(list)
-    for trial in trials:
-        for kimg, distance in distances(trial):
-            values[kimg].append(distance)
-    whole = sorted((kimg, x) for kimg, x in values.items() if len(x) == len(trials))
-    return [(kimg, float(np.mean(x)), float(np.std(x))) for kimg, x in whole]
+    """Distance of a variant as training measured it -> [(kimg, mean, deviation)] where all seeds have one"""
+    values = {}  # {kimg: {seed: distance}}
+    for seed, trial in enumerate(trials):
+        rows = read_rows(trial.folder / "metrics.jsonl") or [{"": 0}]
+        name = max(rows[0], key=lambda name: name.startswith("fid"))  # of the untrained generator
+        for row in rows[1:]:
+            if 0 < row.get(name, 0) < math.inf:
+                values.setdefault(row["kimg"], {})[seed] = row[name]  # the last of a kimg
+    curve = []
+    for kimg, found in sorted(values.items()):
+        if len(found) == len(trials):
+            distances = list(found.values())
+            curve.append((kimg, float(np.mean(distances)), float(np.std(distances))))
+    return curve
 
 
 def reached(curve, goal):
@@ -231,24 +223,27 @@ def reached(curve, goal):
 
 def spread(values):
     """Mean, and deviation if there are several."""
-    text = f"{np.mean(values):.3g}"
+    text = f"{np.mean(values):.3g}" if values else "-"
     return f"{text} ± {np.std(values, ddof=1):.2g}" if len(values) > 1 else text
 
 
 def table(by_variant):
     """Markdown: a row for each variant. by_variant: {name: [Trial]}, the baseline first"""
-    results = {}
+    columns = {}  # {name: values of each variant}
     for name, trials in by_variant.items():
-        results[name] = [json.loads(trial.result.read_text()) for trial in trials]
-    first = next(iter(results.values()))[0]
-    columns = [key for key in first if re.search(SHOWN, key) and isinstance(first[key], float)]
-    _, goal, _ = mean_curve(next(iter(by_variant.values())))[-1]
+        for trial in trials:
+            for key, value in trial.read().items():
+                if re.search(SHOWN, key) and isinstance(value, float):
+                    columns.setdefault(key, {}).setdefault(name, []).append(value)
 
     heads = ["variant", *columns, "kimg to the baseline's last distance", "the paper says"]
     lines = [heads, ["---"] * len(heads)]
+    _, goal, _ = [(0, 0, 0), *mean_curve(next(iter(by_variant.values())))][-1]
     for name, trials in by_variant.items():
-        cells = [spread([x.get(column, math.nan) for x in results[name]]) for column in columns]
-        lines.append([name, *cells, reached(mean_curve(trials), goal), trials[0].variant.claim])
+        cells = [spread(values.get(name, [])) for values in columns.values()]
+        failed = len([trial for trial in trials if "failed" in trial.read()])
+        claim = trials[0].variant.claim + f" ({failed} runs diverged)" * (failed > 0)
+        lines.append([name, *cells, reached(mean_curve(trials), goal), claim])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
@@ -256,15 +251,15 @@ def table(by_variant):
 def draw_curves(by_variant):
     """Distance over kimg, logarithmic: a line for each variant, its deviation as a band. -> PIL image"""
     curves = {name: mean_curve(trials) for name, trials in by_variant.items()}
-    points = np.array([point for curve in curves.values() for point in curve])  # (N, 3)
+    points = np.array(sum(curves.values(), []) or [(1, 1, 0)])  # (N, 3)
     right = points[:, 0].max()
     low = math.log(points[:, 1].min() / 1.2)
     high = math.log(points[:, 1].max() * 1.2)
 
     def at(kimg, distance):
         """The drawing fills 640 x 360 pixels, from (60, 20) on."""
-        share = (math.log(max(distance, math.exp(low))) - low) / (high - low)
-        return 60 + 640 * kimg / right, 380 - 360 * share
+        share = (math.log(max(distance, 1e-9)) - low) / (high - low)
+        return 60 + 640 * kimg / right, 380 - 360 * min(max(share, 0), 1)
 
     image = Image.new("RGB", (840, 420), "white")
     draw = ImageDraw.Draw(image, "RGBA")
@@ -273,16 +268,17 @@ def draw_curves(by_variant):
         value = math.exp(low + share * (high - low))
         draw.line([at(0, value), at(right, value)], "#dddddd")
         draw.text((54, at(0, value)[1]), f"{value:.3g}", "black", font, "rm")
-    draw.text((60, 386), "0", "black", font, "la")
     draw.text((700, 386), f"{right:g} kimg", "black", font, "ra")
 
     for line, (name, curve) in enumerate(curves.items()):
-        color = COLORS[line % len(COLORS)]
+        color = COLORS[line]
         upper = [at(kimg, mean + deviation) for kimg, mean, deviation in curve]
         lower = [at(kimg, mean - deviation) for kimg, mean, deviation in reversed(curve)]
         if len(curve) > 1:
             draw.polygon(upper + lower, color + "30")
         draw.line([at(kimg, mean) for kimg, mean, _ in curve], color, 2)
+        for kimg, mean, _ in curve:
+            draw.circle(at(kimg, mean), 3, color)
         draw.text((716, 30 + 22 * line), name, color, font, "la")
     return image
 
@@ -292,16 +288,11 @@ def draw_samples(by_variant):
     rows = []
     for name, trials in by_variant.items():
         samples = Image.open(max(trials[0].folder.glob("samples-*.png")))
-        row = samples.crop((0, 0, samples.width, samples.height // 4))  # a grid has four rows of scenes
-        rows.append((name, row))
-    height = 20 + max(row.height for _, row in rows)
-
-    image = Image.new("RGB", (max(row.width for _, row in rows), height * len(rows)), "white")
-    draw = ImageDraw.Draw(image)
-    for line, (name, row) in enumerate(rows):
-        draw.text((4, height * line + 2), name, "black", ImageFont.load_default(14), "la")
-        image.paste(row, (0, height * line + 20))
-    return image
+        row = Image.new("RGB", (samples.width, 20 + samples.height // 4), "white")  # of four rows of scenes
+        row.paste(samples, (0, 20))
+        ImageDraw.Draw(row).text((4, 2), name, "black", ImageFont.load_default(14))
+        rows.append(np.asarray(row))
+    return Image.fromarray(np.concatenate(rows))
 
 
 # ---- Command line ------------------------------------------------------------------------------------------
@@ -314,21 +305,31 @@ def ablate(options):
     out = Path(options.out or Path("runs", f"ablate-{options.experiment}"))
     options = dataclasses.replace(options, out=str(out))
     trials, images = plan(options)
-    out.mkdir(parents=True, exist_ok=True)
 
-    missing = [trial for trial in trials if not is_finished(trial)]
-    done = len(trials) - len(missing)
-    with tqdm(total=len(trials) * images, initial=done * images, unit="img") as bar:
-        for trial in missing:
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / ".lock", "w") as lock, tqdm(total=len(trials) * images, unit="img") as bar:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # runs hold it too, and may end a little later
+        except OSError:
+            raise tdgp.UserError(
+                f"{out}: another ablate.py, or a run of it, is still at work there"
+            ) from None
+        for number, trial in enumerate(trials):
             bar.set_description(trial.folder.name)
-            run(trial, bar, images, options)
+
+            def progress(before=number * images, trial=trial):
+                bar.update(before + trial.images() - bar.n)
+
+            if not trial.read().keys() & {"kimg", "failed"}:
+                run(trial, images, options, lock, progress)
+            bar.update((number + 1) * images - bar.n)
 
     by_variant = {}
     for trial in trials:
         by_variant.setdefault(trial.variant.name, []).append(trial)
     text = table(by_variant)
     with tdgp.atomic(out / "table.md") as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, "utf-8")
     tdgp.write_image(draw_curves(by_variant), out / "curves.png")
     tdgp.write_image(draw_samples(by_variant), out / "samples.png")
     print(f"{text}written to {out}")

@@ -95,7 +95,7 @@ class Config:
     # sizes; the first two are no options, they are set from the data and the teacher
     num_classes: int = 0  # 0: none
     teacher_dim: int = 0  # size of the teacher's features; 0: no distillation head
-    dims: int = opt(3, "2: the first feature of each plane is a channel of the picture", 2, 3)
+    dims: int = opt(3, "2: the backbone paints the picture itself (StyleGAN2); needs --depth none", 2, 3)
     resolution: int = opt(256, "image resolution")
     patch_resolution: int = opt(64, "patch resolution: what is rendered and what the discriminator sees")
     triplane_resolution: int = opt(512, "tri-plane resolution T")
@@ -682,7 +682,7 @@ def one_hot(c, num_classes, dtype):
     return F.one_hot(c, num_classes).to(dtype) if num_classes else None
 
 
-leaky_relu = functools.partial(F.leaky_relu, negative_slope=0.2, inplace=True)  # keeps one map, not two
+leaky_relu = functools.partial(F.leaky_relu, negative_slope=0.2, inplace=True)  # so its input is not kept
 
 # A gain keeps the variance behind an activation. It commutes with leaky ReLU: in the weights it is free.
 GAIN = {leaky_relu: math.sqrt(2), F.softplus: 1.0, None: 1.0}
@@ -742,7 +742,8 @@ def fir_filter(x, padding, gain=1.0, stride=1):
 
 def upsample(x):
     """Zeros between the pixels, then the FIR with gain 4: bilinear. (B, C, H, W) -> (B, C, 2H, 2W)"""
-    return F.interpolate(F.pad(x, (1, 1, 1, 1)), scale_factor=2, mode="bilinear")[..., 2:-2, 2:-2]
+    x = F.pad(x, (1, 1, 1, 1))
+    return F.interpolate(x, scale_factor=2, mode="bilinear")[..., 2:-2, 2:-2]
 
 
 def sample_triplane(planes, points, box):
@@ -807,7 +808,7 @@ def call_custom_ops(planes, points, box, decoder, *rest):
     types = [torch.float32, torch.bfloat16, torch.float64]  # of the planes, as custom_ops.cu counts them
     kind = torch.promote_types(planes.dtype, torch.float32), planes.device
     packed = ((32 if planes.is_cuda or C > 16 else 16) + 5) * 64 + 4  # w1, b1 and four rows of w2; b2
-    shapes_fit = (three, width, *points.shape[::2]) == (3, T, B, 3)
+    shapes_fit = (three, width) == (3, T) and points.shape[::2] == (B, 3)
     decoder_fits = len(decoder) == 0 or (C <= 32 and len(decoder) == packed)
     kinds_fit = planes.dtype in types and all((t.dtype, t.device) == kind for t in others)
     if not (call and shapes_fit and decoder_fits and kinds_fit):
@@ -1975,9 +1976,8 @@ def choose_device(wanted, precision="tf32"):
     if wanted == "cpu" or not torch.cuda.is_available():
         # glibc: freed memory stays with the process, since new pages cost more than the arithmetic on them.
         with contextlib.suppress(OSError, AttributeError, TypeError):
-            library = ctypes.CDLL(None)
-            library.mallopt(-4, 0)  # M_MMAP_MAX
-            library.mallopt(-1, -1)  # M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
+            ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD
         return torch.device("cpu")
     if torch.cuda.device_count() <= LOCAL_RANK:
         raise UserError(f"more processes than this machine's {torch.cuda.device_count()} GPUs; start fewer")

@@ -28,8 +28,9 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 tdgp = importlib.import_module("3dgp")
+read_rows = importlib.import_module("report").read_rows
 
 
 # ---- What is compared --------------------------------------------------------------------------------------
@@ -40,6 +41,7 @@ class Variant:
     name: str
     options: str
     claim: str  # of the paper, and where
+    comparable: bool = True  # whether its distance is to the same data and channels as the baseline's
 
 
 # StyleGAN2 at 64²: the backbone paints the picture itself.
@@ -52,7 +54,7 @@ EXPERIMENTS = {
         Variant("never", "--depth-adaptor never", "dogs, FID2k 12.2: geometry has the estimator's faults"),
         Variant("half", "--depth-adaptor half", "dogs, FID2k 9.25"),
         Variant("always", "--depth-adaptor always", "dogs, FID2k 8.13, the best"),
-        Variant("truth", "--depth-adaptor never --depth-distortion 0", "none: true depth of shapes, a bound"),
+        Variant("truth", "--depth-adaptor never --depth-distortion 0", "none: true depth, a bound", False),
     ),
     "camera": (
         Variant("emd", "", "section 3.2: learned cameras are better than given ones; the code's form"),
@@ -62,8 +64,8 @@ EXPERIMENTS = {
         Variant("frontal", "--camera frontal", "one camera: the worst, geometry is flat"),
     ),
     "depth": (
-        Variant("with", "", "section 3.1: depth makes the geometry"),
-        Variant("without", "--depth none", "ImageNet: flat without depth. Its distance is of RGB alone"),
+        Variant("with", "", "section 3.1: estimated depth, however wrong, helps geometry"),
+        Variant("without", "--depth none", "no number. Its distance is of RGB alone", False),
     ),
     "distillation": (  # on photographs
         Variant("without", "--teacher none", "the baseline of section 3.4"),
@@ -114,17 +116,6 @@ class Trial:
         """Seen so far, as the log says."""
         rows = read_rows(self.folder / "log.jsonl") or [{"kimg": 0}]
         return round(1000 * rows[-1]["kimg"])
-
-
-def read_rows(path):
-    """The lines of a .jsonl file as dicts, but for one that is being written. [] where there is no file"""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append(dict(json.loads(line)))
-        except (ValueError, TypeError):
-            continue
-    return rows
 
 
 def plan(options):
@@ -200,11 +191,11 @@ def mean_curve(trials):
     """Distance of a variant as training measured it -> [(kimg, mean, deviation)] where all seeds have one"""
     values = {}  # {kimg: {seed: distance}}
     for seed, trial in enumerate(trials):
-        rows = read_rows(trial.folder / "metrics.jsonl") or [{"": 0}]
-        name = max(rows[0], key=lambda name: name.startswith("fid"))  # of the untrained generator
-        for row in rows[1:]:
-            if 0 < row.get(name, 0) < math.inf:
-                values.setdefault(row["kimg"], {})[seed] = row[name]  # the last of a kimg
+        rows = read_rows(trial.folder / "metrics.jsonl")
+        names = [name for name in rows[0] if name.startswith("fid")] if rows else []
+        for row in rows[1:]:  # the first one is of the untrained generator
+            if names and 0 < row.get(names[0], 0) < math.inf:
+                values.setdefault(row["kimg"], {})[seed] = row[names[0]]  # the last of a kimg
     curve = []
     for kimg, found in sorted(values.items()):
         if len(found) == len(trials):
@@ -238,12 +229,15 @@ def table(by_variant):
 
     heads = ["variant", *columns, "kimg to the baseline's last distance", "the paper says"]
     lines = [heads, ["---"] * len(heads)]
-    _, goal, _ = [(0, 0, 0), *mean_curve(next(iter(by_variant.values())))][-1]
+    baseline = mean_curve(next(iter(by_variant.values())))
     for name, trials in by_variant.items():
+        variant = trials[0].variant
         cells = [spread(values.get(name, [])) for values in columns.values()]
+        compared = baseline and variant.comparable
+        cells.append(reached(mean_curve(trials), baseline[-1][1]) if compared else "-")
         failed = len([trial for trial in trials if "failed" in trial.read()])
-        claim = trials[0].variant.claim + f" ({failed} runs diverged)" * (failed > 0)
-        lines.append([name, *cells, reached(mean_curve(trials), goal), claim])
+        note = f" ({failed} runs diverged)" if failed else ""
+        lines.append([name, *cells, variant.claim + note])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
@@ -311,9 +305,8 @@ def ablate(options):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # runs hold it too, and may end a little later
         except OSError:
-            raise tdgp.UserError(
-                f"{out}: another ablate.py, or a run of it, is still at work there"
-            ) from None
+            raise tdgp.UserError(f"{out}: another ablate.py or a run of it is still at work") from None
+
         for number, trial in enumerate(trials):
             bar.set_description(trial.folder.name)
 

@@ -29,6 +29,7 @@ in world units, angles are in radians but fov in degrees.
 
 import argparse
 import contextlib
+import copy
 import ctypes
 import datetime
 import functools
@@ -202,11 +203,10 @@ def make_config(given):
     data = DATA_PRESETS.get(given.get("data", "shapes"), {})
     preset = given.get("preset") or data.get("preset", "base")
     values = {**data, **PRESETS[preset], **given, "preset": preset}
-    batch_size = max(1, values.get("batch_size", Config.batch_size))
-    resolution = values.get("resolution", Config.resolution)
-    values.setdefault("r1_gamma", 0.0002 * resolution**2 / batch_size)
-    values.setdefault("ema_kimg", 0.3125 * batch_size)
-    if values.get("teacher_weights"):
+    cfg = Config(**values)
+    values.setdefault("r1_gamma", 0.0002 * cfg.resolution**2 / max(1, cfg.batch_size))
+    values.setdefault("ema_kimg", 0.3125 * cfg.batch_size)
+    if cfg.teacher_weights:
         values.setdefault("teacher", "tf_efficientnet_lite0")
     return Config(**values)
 
@@ -479,10 +479,7 @@ class ShapesData:
     num_classes = len(SOLIDS)
 
     def __init__(self, cfg):
-        self.resolution = cfg.resolution
-        self.use_depth = cfg.depth != "none"
-        self.far = cfg.far
-        self.distortion = cfg.depth_distortion
+        self.cfg = cfg
         self.labels = np.arange(len(self)) % self.num_classes
 
     def __len__(self):
@@ -500,15 +497,16 @@ class ShapesData:
         rng = np.random.default_rng(i)
         label = i % self.num_classes
         camera = torch.from_numpy(self.true_camera(rng, label))  # (6,)
-        finer = 2 if self.resolution <= 64 else 1  # rays a pixel and direction: small pictures are smooth
-        origins, rays = camera_rays(make_camera(camera[None]), self.resolution * finer)
+        R = self.cfg.resolution
+        finer = 2 if R <= 64 else 1  # rays a pixel and direction: small pictures are smooth
+        origins, rays = camera_rays(make_camera(camera[None]), R * finer)
         color, depth = self.draw(rng, label, float(camera[2]), origins[0, 0].numpy(), rays[0].numpy())
-        grid = self.resolution, finer, self.resolution, finer
+        grid = R, finer, R, finer
         image = color.reshape(*grid, 3).mean((1, 3)).clip(0, 1)  # (R, R, 3)
         image = torch.from_numpy((image.transpose(2, 0, 1) * 255).round().astype(np.uint8))
         depth = torch.from_numpy(depth.reshape(grid).mean((1, 3)))[None]  # (1, R, R)
         item = dict(image=image, label=label, true_depth=depth.float(), camera=camera)
-        if self.use_depth:
+        if self.cfg.depth != "none":
             item["depth"] = self.estimate(rng, depth)
         return item
 
@@ -525,12 +523,12 @@ class ShapesData:
         # Checkered ground with a shadow, in fog that at `far` is the sky.
         up = np.clip(rays[:, 1:2] * 1.5 + 0.75, 0, 1)
         sky = np.array([0.78, 0.86, 0.93]) - up * np.array([0.42, 0.31, 0.08])
-        depth = np.minimum((self.GROUND - origin[1]) / np.minimum(rays[:, 1], -1e-6), self.far)
+        depth = np.minimum((self.GROUND - origin[1]) / np.minimum(rays[:, 1], -1e-6), self.cfg.far)
         xz = origin[::2] + depth[:, None] * rays[:, ::2]
         checkers = np.floor(xz / 0.1).sum(1, keepdims=True) % 2
         shadow = np.exp(-((xz - center[::2]) ** 2).sum(1, keepdims=True) / size**2)
         ground = (0.42 + 0.3 * checkers) * (1 - 0.55 * shadow) * np.array([1.0, 0.93, 0.82])
-        fog = np.clip((depth[:, None] - 1.1) / (self.far - 1.1), 0, 1) ** 2
+        fog = np.clip((depth[:, None] - 1.1) / (self.cfg.far - 1.1), 0, 1) ** 2
         color = ground + fog * (sky - ground)
 
         # Sphere tracing, in the solid's own frame and in units of its size.
@@ -560,13 +558,13 @@ class ShapesData:
 
     def estimate(self, rng, depth):
         """What a monocular estimator might say. True depth (1, R, R) -> float32 (1, R, R) in [-1, 1]"""
-        k, R = self.distortion, self.resolution
+        k, R = self.cfg.depth_distortion, self.cfg.resolution
         pad = R // 8
         power = 1 + k * (rng.uniform(0.5, 1.1) - 1)
         d = ((depth - depth.min()) / max(depth.max() - depth.min(), 1e-6)) ** power
         error = torch.from_numpy(rng.normal(0, 0.04 * k, (1, 1, 4, 4)))
         d = d + F.interpolate(error, (R, R), mode="bicubic", align_corners=True)  # (1, 1, R, R)
-        d = F.pad(d, (pad, pad, pad, pad), mode="replicate")
+        d = F.pad(d, (pad,) * 4, mode="replicate")
         d = blur(d, k * R / 64)[0, :, pad:-pad, pad:-pad]
         return (2 * (d - d.min()) / max(d.max() - d.min(), 1e-6) - 1).float()
 
@@ -585,8 +583,9 @@ def open_data(cfg):
     source = root / cfg.data if cfg.data in DATA_PRESETS else Path(cfg.data)
     source = source if source.exists() else Path(f"{source}.zip")
     if not source.exists():
-        what = f"no such file or folder ({source.with_suffix('')})"
-        raise UserError(f"--data {cfg.data}: {what}; give a path, or in DATA_DIR {', '.join(DATA_PRESETS)}")
+        raise UserError(
+            f"--data {cfg.data}: no such file or folder; data sets by name are in DATA_DIR, {root}"
+        )
     data = ImageData(cfg, source)
     if data.has_depth or cfg.depth == "none":
         return data
@@ -612,7 +611,7 @@ def real_images(batch, device):
     return torch.cat([rgb, batch["depth"].to(device, non_blocking=True)], 1)
 
 
-class MirroredData(torch.utils.data.Dataset):
+class MirroredData:
     """The data and its mirror image: index n + i is item i flipped."""
 
     def __init__(self, data):
@@ -721,11 +720,9 @@ class Conv2d(nn.Module):
     def forward(self, x):
         padding = self.weight.shape[2] // 2
         stride = self.down
-        if self.down == 2 and padding == 0:  # 1x1: the filter itself skips the pixels that would not be read
-            x = fir_filter(x, 1, stride=2)
-            stride = 1
-        elif self.down == 2:  # the filter pads for the convolution too
-            x = fir_filter(x, padding + 1)
+        if self.down == 2:  # the filter pads for the convolution too; for a 1x1 it also skips the pixels
+            stride = 2 if padding else 1
+            x = fir_filter(x, padding + 1, stride=2 // stride)
             padding = 0
         weight = (self.weight * (self.gain / math.sqrt(self.weight[0].numel()))).to(x.dtype)
         bias = None if self.bias is None else (self.bias * self.gain).to(x.dtype)
@@ -762,7 +759,7 @@ def compile_custom_ops(device_type):
 
     if device_type == "cuda":
         target = "sm_{}{}".format(*torch.cuda.get_device_capability())
-        options = dict(extra_cuda_cflags=["-O3", f"-arch={target}"], with_cuda=True)
+        options = dict(extra_cuda_cflags=["-O3", f"-arch={target}"])
     else:
         target = torch.backends.cpu.get_cpu_capability()
         vector = {"AVX2": ["-mavx2", "-mfma"], "AVX512": ["-mavx512f", "-mavx512vl", "-mfma"]}.get(target, [])
@@ -882,7 +879,7 @@ class Patch(typing.NamedTuple):
 
 def rows(t, index):
     """The rows of an index, as a slice, of every tensor in a named tuple."""
-    return type(t)(*(x[index] for x in t))
+    return t._make(x[index] for x in t)
 
 
 def camera_parameters(camera):
@@ -921,29 +918,29 @@ def cam2world(camera):
     """Camera-to-world matrices; the camera looks along its own -z, x is right, y is up. -> (B, 4, 4)"""
     origin = spherical_to_cartesian(camera.yaw, camera.pitch, camera.radius)  # (B, 3)
     look_at = spherical_to_cartesian(camera.look_at_yaw, camera.look_at_pitch, camera.look_at_radius)
-    forward = F.normalize(look_at - origin, dim=1)  # (B, 3)
-    left = F.normalize(torch.linalg.cross(origin.new_tensor([[0.0, 1.0, 0.0]]), forward), dim=1)
-    up = F.normalize(torch.linalg.cross(forward, left), dim=1)
+    forward = F.normalize(look_at - origin)  # (B, 3)
+    left = F.normalize(torch.linalg.cross(origin.new_tensor([[0.0, 1.0, 0.0]]), forward))
+    up = F.normalize(torch.linalg.cross(forward, left))
     top = torch.stack([-left, up, -forward, origin], dim=2)  # (B, 3, 4)
     bottom = origin.new_tensor([0.0, 0.0, 0.0, 1.0]).expand(len(origin), 1, 4)  # (B, 1, 4)
     return torch.cat([top, bottom], dim=1)
 
 
-def patch_grid(patch, n, resolution, device):
-    """Pixels of an image or a patch, corners included: x right, y up, in [-1, 1]. -> (n, H, W, 2)"""
-    line = torch.linspace(-1, 1, resolution, device=device)
-    xy = torch.stack(torch.meshgrid(line, -line, indexing="xy"), dim=-1).expand(n, -1, -1, -1)
+def patch_grid(patch, resolution, like):
+    """Pixels of len(like) images or patches, corners included: x right, y up, in [-1, 1]. -> (B, H, W, 2)"""
+    line = torch.linspace(-1, 1, resolution, device=like.device)
+    xy = torch.stack(torch.meshgrid(line, -line, indexing="xy"), dim=-1).expand(len(like), -1, -1, -1)
     if patch is None:
         return xy
-    scale = patch.scale.view(n, 1, 1, 1)
-    offset = patch.offset.view(n, 1, 1, 2)
+    scale = patch.scale.view(-1, 1, 1, 1)
+    offset = patch.offset.view(-1, 1, 1, 2)
     return (xy + 1) * scale - 1 + 2 * offset
 
 
 def camera_rays(camera, resolution, patch=None):
     """One ray per pixel, rows from the top. -> origins, unit directions (B, resolution², 3) in world units"""
     pose = cam2world(camera)  # (B, 4, 4)
-    xy = patch_grid(patch, len(pose), resolution, pose.device).flatten(1, 2)  # (B, R, 2)
+    xy = patch_grid(patch, resolution, pose).flatten(1, 2)  # (B, R, 2)
     focal = 1 / (camera.fov * (math.pi / 360)).tan()  # (B,)
     z = -focal.view(-1, 1, 1).expand(-1, xy.shape[1], 1)  # (B, R, 1)
     in_camera = F.normalize(torch.cat([xy, z], 2), dim=2)  # (B, R, 3)
@@ -964,9 +961,9 @@ def sample_patch(cfg, n, kimg):
 
 def extract_patch(image, patch, resolution):
     """Patches of images, bilinear, by the coordinates `camera_rays` uses. (B, ., H, W) -> (B, ., P, P)"""
-    grid = patch_grid(patch, len(image), resolution, image.device)  # (B, P, P, 2)
+    grid = patch_grid(patch, resolution, image)  # (B, P, P, 2)
     grid = grid * image.new_tensor([1.0, -1.0])  # in image rows y points down
-    return F.grid_sample(image, grid, mode="bilinear", align_corners=True)
+    return F.grid_sample(image, grid, align_corners=True)
 
 
 class CameraAdaptor(nn.Module):
@@ -984,9 +981,9 @@ class CameraAdaptor(nn.Module):
     def forward(self, params, z, c):
         """(B, in), (B, z_dim), one-hot (B, num_classes) -> (B, out)"""
         x = [self.project_params(params)]
-        if self.project_z is not None:
+        if self.project_z:
             x.append(normalize_2nd_moment(self.project_z(z)))
-        if self.project_c is not None:
+        if self.project_c:
             x.append(normalize_2nd_moment(self.project_c(c)))
         return self.main(torch.cat(x, 1))
 
@@ -1016,11 +1013,11 @@ class CameraGenerator(nn.Module):
         seen = torch.cat([origin[:, :3], fov[:, None], origin[:, 3:], prior_01[:, 3:]], 1)  # (B, 8)
         look_at = self.look_at_adaptor(seen, z, c)  # (B, 4)
 
-        # Roll stays 0 and the radius is the prior's: two of the origin's outputs are not in the posterior.
+        # Roll stays 0 and the radius 1: two of the origin's outputs are not in the posterior.
         margin = low.new_tensor([0, 1e-5, 0, 0, 0, 0])  # pitch stays inside its range
         share = torch.cat([origin[:, :2], look_at], 1).sigmoid()  # (B, 6)
         posterior = low + margin + share * (high - low - 2 * margin)  # (B, 6)
-        return make_camera(posterior)._replace(radius=prior.radius)
+        return make_camera(posterior)
 
 
 def emd_1d(a, b):
@@ -1063,15 +1060,14 @@ def importance_depths(depths, weights, u):
     cdf = F.pad((pdf / pdf.sum(-1, keepdim=True)).cumsum(-1), (1, 0))  # (..., S-1)
 
     above = torch.searchsorted(cdf, u.contiguous(), right=True)  # (..., K)
-    below = (above - 1).clamp(min=0)
+    below = above - 1  # >= 0, since the cdf begins with 0
     above = above.clamp(max=cdf.shape[-1] - 1)
     bin_below = bins.gather(-1, below)
-    bin_above = bins.gather(-1, above)
     cdf_below = cdf.gather(-1, below)
-    cdf_above = cdf.gather(-1, above)
-    step = cdf_above - cdf_below  # (..., K)
+    width = bins.gather(-1, above) - bin_below
+    step = cdf.gather(-1, above) - cdf_below
     step = torch.where(step < 1e-5, 1.0, step)
-    return bin_below + (u - cdf_below) / step * (bin_above - bin_below)
+    return bin_below + (u - cdf_below) / step * width
 
 
 def ray_weights(sigma_raw, depths, cut=False):
@@ -1079,7 +1075,7 @@ def ray_weights(sigma_raw, depths, cut=False):
     sigma = F.softplus(sigma_raw)
     if cut:  # densities below the median of all are 0
         sigma = sigma * (sigma >= sigma.median())
-    delta = F.pad(depths.diff(dim=-1), (0, 1), value=1e10)  # (..., S)
+    delta = F.pad(depths.diff(), (0, 1), value=1e10)  # (..., S)
     alpha = 1 - torch.exp(-delta * sigma)
     transmittance = F.pad(1 - alpha[..., :-1] + 1e-10, (1, 0), value=1.0).cumprod(-1)
     return alpha * transmittance
@@ -1107,9 +1103,8 @@ class TriplaneDecoder(nn.Module):
         """All weights in one vector, as custom_ops.cu has them; C <= 32 is padded by zeros to 16 or 32."""
         w1, b1 = self.model[0].effective()
         w2, b2 = self.model[1].effective()
-        features = w1.shape[1]
-        width = 32 if w1.is_cuda or features > 16 else 16
-        w1 = F.pad(w1, (0, width - features))
+        multiple = 32 if w1.is_cuda else 16
+        w1 = F.pad(w1, (0, -w1.shape[1] % multiple))
         return torch.cat([w1.flatten(), b1, w2.flatten(), b2])
 
 
@@ -1142,7 +1137,7 @@ class MappingNetwork(nn.Module):
 
     def forward(self, z, c):
         """(B, z_dim) or None, (B, c_dim) or None -> (B, w_dim)"""
-        inputs = [z, self.embed(c) if self.embed is not None else None]
+        inputs = [z, self.embed(c) if self.embed else None]
         x = torch.cat([normalize_2nd_moment(x) for x in inputs if x is not None], 1)
         return self.fc1(self.fc0(x))
 
@@ -1164,7 +1159,7 @@ class SynthesisLayer(nn.Module):
         """(B, in, H, W), (B, w_dim), "const", "random" or "none" -> (B, out, up H, up W)"""
         style = self.affine(w)  # (B, in)
         energy = self.weight.square().sum((2, 3))  # (out, in)
-        demodulation = (style.square() @ energy.t() + 1e-8).rsqrt()  # (B, out)
+        demodulation = (style.square() @ energy.t() + 1e-8).rsqrt()[:, :, None, None]  # (B, out, 1, 1)
         x = x * style[:, :, None, None].to(x.dtype)  # (B, in, H, W)
         weight = self.weight.to(x.dtype)
         if self.up == 2:
@@ -1180,8 +1175,7 @@ class SynthesisLayer(nn.Module):
 
         # leaky_relu(x demodulation + bias) times the activation's gain, with the gain moved inside.
         gain = GAIN[leaky_relu]
-        demodulation = (demodulation * gain)[:, :, None, None]
-        return leaky_relu(torch.addcmul((bias * gain).to(x.dtype), x, demodulation.to(x.dtype)))
+        return leaky_relu(torch.addcmul((bias * gain).to(x.dtype), x, (demodulation * gain).to(x.dtype)))
 
 
 class ToRGB(nn.Module):
@@ -1230,7 +1224,7 @@ class TriplaneBackbone(nn.ModuleDict):
 
     def __init__(self, cfg):
         super().__init__()
-        for r in (2**i for i in range(2, int(math.log2(cfg.triplane_resolution)) + 1)):
+        for r in (2**i for i in range(2, cfg.triplane_resolution.bit_length())):
             before = channels(cfg, r // 2) if r > 4 else 0
             self[f"b{r}"] = SynthesisBlock(before, channels(cfg, r), cfg.w_dim, r, 3 * cfg.triplane_features)
 
@@ -1254,30 +1248,25 @@ class DepthAdaptor(nn.Module):
         self.layers = nn.ModuleList(Conv2d(i, width, 5, leaky_relu) for i in (1, width, width))
         self.head = Conv2d(width, 1, 1)
 
-    def normalize(self, depth):
-        near = self.near + self.near_plane_offset_raw.sigmoid() * 0.25 * (self.far - self.near)
-        return 2 * (depth - (near + self.far) / 2) / (self.far - near)
-
     def candidates(self, depth):
         """depth (B, 1, H, W) in world units -> (4, B, 1, H, W), from un-adapted to most adapted."""
-        x = [self.normalize(depth)]
-        for layer in self.layers:
-            x.append(layer(x[-1]))
-        return torch.stack([x[0], *map(self.head, x[1:])])
+        return torch.stack([self(depth, torch.full([len(depth)], level)) for level in range(4)])
 
     def adapt(self, depth):
         """The candidate that is looked at outside training. (B, 1, H, W) -> (B, 1, H, W)"""
-        return self.candidates(depth)[self.level]
+        return self(depth, torch.full([len(depth)], self.level))
 
     def forward(self, depth, choice):
         """depth (B, 1, H, W), candidate of each sample int64 (B,), on the CPU -> (B, 1, H, W)"""
+        near = self.near + self.near_plane_offset_raw.sigmoid() * 0.25 * (self.far - self.near)
+        depth = 2 * (depth - (near + self.far) / 2) / (self.far - near)
         order = choice.argsort(descending=True)  # a layer sees the samples that go on to it, which come first
-        x = out = self.normalize(depth)[order]
+        x = out = depth[order]
         for level, layer in enumerate(self.layers, 1):
             n = int((choice >= level).sum())
             x = layer(x[:n])
             out = torch.cat([self.head(x), out[n:]])
-        return out[order.argsort()]  # candidates(depth)[choice], sample by sample
+        return out[order.argsort()]
 
 
 def sample_adaptor_choice(cfg, n, kimg):
@@ -1321,7 +1310,7 @@ class Generator(nn.Module):
     def query(self, planes, origins, directions, depths):
         """At `depths` (B, R, S) on rays (B, R, 3): -> rgb (B, R, S, 3), sigma_raw (B, R, S)"""
         points = origins[:, :, None] + depths[..., None] * directions[:, :, None]  # (B, R, S, 3)
-        fused = self.cfg.fused and custom_ops(planes.device.type) is not None
+        fused = self.cfg.fused and custom_ops(planes.device.type)
         rgb, sigma_raw = query_triplane(planes, points.flatten(1, 2), self.cfg.box, self.decoder, fused)
         if self.training and self.density_noise > 0:
             sigma_raw = sigma_raw + self.density_noise * torch.randn_like(sigma_raw)
@@ -1329,15 +1318,15 @@ class Generator(nn.Module):
 
     def sample_rays(self, planes, origins, directions, cut=False):
         """Samples on rays (B, R, 3), in order -> rgb (B, R, S, 3), sigma_raw (B, R, S), depths (B, R, S)"""
-        cfg, random, device = self.cfg, self.training, planes.device
+        cfg = self.cfg
         shape = directions.shape[:2]
-        coarse = stratified_depths(cfg.near, cfg.far, shape, cfg.coarse_samples, random, device)
+        coarse = stratified_depths(cfg.near, cfg.far, shape, cfg.coarse_samples, self.training, planes.device)
         rgb, sigma = self.query(planes, origins, directions, coarse)  # (B, R, S, 3), (B, R, S)
 
         # Where the fine samples are taken is decided with distances in units of far - near.
         weights = ray_weights(sigma, (coarse - cfg.near) / (cfg.far - cfg.near), cut)  # (B, R, S)
-        u = (torch.arange(cfg.fine_samples, device=device) + 0.5) / cfg.fine_samples
-        u = torch.rand(*shape, len(u), device=device) if random else u.expand(*shape, -1)
+        u = (torch.arange(cfg.fine_samples, device=planes.device) + 0.5) / cfg.fine_samples
+        u = torch.rand(*shape, len(u), device=u.device) if self.training else u.expand(*shape, -1)
         fine = importance_depths(coarse, weights, u)  # (B, R, K)
         fine_rgb, fine_sigma = self.query(planes, origins, directions, fine)
 
@@ -1354,15 +1343,13 @@ class Generator(nn.Module):
         B = len(planes)
         origins, directions = camera_rays(camera, resolution, patch)  # (B, R, 3)
         size = origins.shape[1] if self.training or cut else max(1, chunk // B)
-        image = []
-        depth = []
+        parts = []
         for part in zip(origins.split(size, 1), directions.split(size, 1), strict=True):
             samples = self.sample_rays(planes, *part, cut)
-            rgb, distance, _ = march_rays(*samples, cut)  # (B, size, 3), (B, size)
-            image.append(rgb)
-            depth.append(distance)
+            parts.append(march_rays(*samples, cut)[:2])  # (B, size, 3), (B, size)
+        rgb, depth = (torch.cat(x, 1) for x in zip(*parts, strict=True))
         shape = (B, -1, resolution, resolution)
-        return torch.cat(image, 1).transpose(1, 2).reshape(shape), torch.cat(depth, 1).reshape(shape)
+        return rgb.transpose(1, 2).reshape(shape), depth.reshape(shape)
 
 
 def draw_latents(cfg, n, labels, phase=""):
@@ -1370,7 +1357,7 @@ def draw_latents(cfg, n, labels, phase=""):
     if phase:
         seed_draws(cfg.seed, -1, phase, 0)
     z = torch.randn(n, cfg.z_dim, device=labels.device)  # (n, z_dim)
-    c = z.new_zeros(n).long()
+    c = labels.new_zeros(n)
     if cfg.num_classes:
         c = labels[torch.randint(len(labels), (n,), device=z.device)]
     return z, c, sample_camera_prior(cfg, n, z.device)
@@ -1423,7 +1410,7 @@ class DiscriminatorBlock(nn.Module):
 
     def __init__(self, img_channels, in_channels, out_channels, down):
         super().__init__()
-        self.fromrgb = Conv2d(img_channels, in_channels, 1, leaky_relu) if img_channels else None
+        self.fromrgb = Conv2d(img_channels, in_channels, 1, leaky_relu) if img_channels else nn.Identity()
         self.conv0 = Conv2d(in_channels, in_channels, 3, leaky_relu)
         self.conv1 = Conv2d(in_channels, out_channels, 3, leaky_relu, down=down, gain=math.sqrt(0.5))
         self.conv1.affine = Linear(512, in_channels)  # named as in the published code
@@ -1431,20 +1418,17 @@ class DiscriminatorBlock(nn.Module):
 
     def forward(self, x, h):
         """(B, in, H, W), patch code (B, 512) -> (B, out, H/down, W/down)"""
-        if self.fromrgb is not None:
-            x = self.fromrgb(x)
+        x = self.fromrgb(x)
         modulation = (1 + self.conv1.affine(h).tanh())[:, :, None, None].to(x.dtype)  # (B, in, 1, 1)
         return self.skip(x) + self.conv1(self.conv0(x) * modulation)
 
 
 def minibatch_std(x):
     """Append the mean standard deviation over groups of consecutive images. (B, C, H, W) -> (B, C+1, H, W)"""
-    B, C, H, W = x.shape
-    size = min(MBSTD_GROUP, B)
-    variance = x.view(-1, size, C, H, W).var(dim=1, unbiased=False)  # (B / 4, C, H, W)
-    std = (variance + 1e-8).sqrt().mean(dim=(1, 2, 3))  # (B / 4,)
-    std = std.repeat_interleave(size).view(B, 1, 1, 1).expand(-1, 1, H, W)
-    return torch.cat([x, std], 1)
+    size = min(MBSTD_GROUP, len(x))
+    variance = x.unflatten(0, (-1, size)).var(dim=1, unbiased=False)  # (B / 4, C, H, W)
+    std = (variance + 1e-8).sqrt().mean((1, 2, 3), keepdim=True).repeat_interleave(size, 0)
+    return torch.cat([x, std.expand(-1, -1, *x.shape[2:])], 1)
 
 
 class DiscriminatorEpilogue(nn.Module):
@@ -1463,7 +1447,7 @@ class DiscriminatorEpilogue(nn.Module):
     def forward(self, x):
         """(B, C, 4, 4) -> (B, C), (B, teacher_dim) or None"""
         x = self.conv(minibatch_std(x)).flatten(1)  # (B, 16 C)
-        return self.out(self.fc(x)), self.feat_out(x) if self.feat_out is not None else None
+        return self.out(self.fc(x)), self.feat_out(x) if self.feat_out else None
 
 
 class Discriminator(nn.Module):
@@ -1475,7 +1459,7 @@ class Discriminator(nn.Module):
         self.scalar_enc = PatchEncoder()
         self.hyper_mod_mapping = MappingNetwork(0, 828, 512)
         img_channels = 3 if cfg.depth == "none" else 4
-        self.resolutions = [2**i for i in range(int(math.log2(cfg.resolution)), 2, -1)]
+        self.resolutions = [2**i for i in range(cfg.resolution.bit_length() - 1, 2, -1)]
         for r in self.resolutions:
             down = 2 if r <= cfg.patch_resolution else 1
             block = DiscriminatorBlock(img_channels, channels(cfg, r), channels(cfg, r // 2), down)
@@ -1486,11 +1470,10 @@ class Discriminator(nn.Module):
             self.head_mapping.embed.weight[:, : cfg.num_classes] *= math.sqrt(828)
         self.b4 = DiscriminatorEpilogue(channels(cfg, 4), cfg.teacher_dim)
 
-    def forward(self, image, c, patch):
-        """image (B, 3 or 4, P, P), c int64 (B,), Patch -> score (B,), features (B, teacher_dim) or None"""
+    def forward(self, x, c, patch):
+        """image x (B, 3 or 4, P, P), c int64 (B,), Patch -> score (B,), features (B, teacher_dim) or None"""
         code = self.scalar_enc(torch.cat([patch.scale[:, None], patch.offset], 1))  # (B, 828)
         h = self.hyper_mod_mapping(None, code)  # (B, 512)
-        x = image
         for r in self.resolutions:
             x = getattr(self, f"b{r}")(x, h)
 
@@ -1511,11 +1494,10 @@ class Teacher(nn.Module):
         super().__init__()
         import timm  # only who distils needs it; its import takes seconds
 
-        state = load_tensors(weights, f"weights of {name}:") if weights else None
         try:
             self.model = timm.create_model(name, pretrained=not weights)
             if weights:
-                self.model.load_state_dict(state)
+                self.model.load_state_dict(load_tensors(weights, "file"))
         except Exception as e:  # timm and the hub raise many kinds
             reason = " ".join(str(e).split())[:200] or type(e).__name__
             raise UserError(f"teacher {name} {weights}: {reason}; see --teacher, --teacher-weights") from None
@@ -1529,7 +1511,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, image):
-        x = F.interpolate(image, (self.size, self.size), mode="bicubic", antialias=True)  # (B, 3, size, size)
+        x = F.interpolate(image, self.size, mode="bicubic", antialias=True)  # (B, 3, size, size)
         x = self.model.forward_features(((x + 1) / 2 - self.mean) / self.std)
         return self.model.forward_head(x, pre_logits=True).float()
 
@@ -1540,15 +1522,15 @@ class Teacher(nn.Module):
 
 def blur(image, sigma, spread=None):
     """Separable blur: taps 2^-(x / spread)², |x| <= floor(3 sigma), zero padding. Without a spread: sigma."""
-    if 3 * sigma < 1:
-        return image
     radius = math.floor(3 * sigma)
+    if not radius:
+        return image
     C = image.shape[1]
     x = torch.arange(-radius, radius + 1, device=image.device)  # (2 radius + 1,)
     taps = (2.0 ** -(x / (spread or sigma)).square()).to(image.dtype)
     taps = (taps / taps.sum()).expand(C, 1, -1)  # (C, 1, 2 radius + 1)
-    image = F.conv2d(image, taps[:, :, None], padding=(0, radius), groups=C)
-    return F.conv2d(image, taps[:, :, :, None], padding=(radius, 0), groups=C)
+    image = F.conv2d(image, taps.unsqueeze(2), padding=(0, radius), groups=C)
+    return F.conv2d(image, taps.unsqueeze(3), padding=(radius, 0), groups=C)
 
 
 def blur_patch(image, sigma):
@@ -1576,13 +1558,12 @@ def camera_regularizer(G, kimg):
 
     # Each parameter keeps some of the prior's spread. 64 of the samples are enough for that.
     few = rows(prior, slice(64))  # Camera of 64
-    emd = emd_1d(camera_parameters(few), parameters[:64])  # (6,) in squared radians or degrees
+    penalty = emd = emd_1d(camera_parameters(few), parameters[:64])  # (6,) in squared radians or degrees
     weights = ranges.new_tensor(cfg.camera_reg_weights)[[0, 1, 2, 3, 3, 3]]  # 3: look-at
-    penalty = emd
     if cfg.camera_reg == "grad":
         penalty = camera_gradient_penalty(G.camera_generator, few, z[:64], c[:64])
     elif cfg.camera_reg_units == "range":
-        weights = weights / ranges.diff(dim=1)[:, 0].square()
+        weights = weights / ranges.diff()[:, 0].square()
     if cfg.camera_reg != "none":
         loss = loss + schedules(cfg, kimg)["camera_reg_weight"] * (weights * penalty).sum()
 
@@ -1598,7 +1579,7 @@ def camera_regularizer(G, kimg):
 def frechet_distance(a, b):
     """Frechet distance of two Gaussians, each (mean (F,), covariance (F, F)) in float64."""
     (mean_a, cov_a), (mean_b, cov_b) = a, b
-    if not (cov_a.isfinite().all() and cov_b.isfinite().all()):
+    if not (cov_a + cov_b).isfinite().all():
         return math.nan
     values, vectors = torch.linalg.eigh(cov_a)  # (F,), (F, F)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.t()  # the square root of cov_a
@@ -1630,9 +1611,7 @@ def area8(image):
     return F.adaptive_avg_pool2d(image, 8).flatten(1)
 
 
-INCEPTION = (
-    "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
-)
+FID_NET = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 
 
 class Detector:
@@ -1641,22 +1620,21 @@ class Detector:
 
     def __init__(self, name, device):
         self.net = self.width = None  # all features count
-        self.label = "[area8]"  # what stands behind the names of metrics
+        cached = Path(torch.hub.get_dir(), "checkpoints", Path(FID_NET).name)
+        path = cached if name == "inception" else Path(name)
+        self.label = "" if path.name == cached.name else f"[{path.stem}]"  # is added to the names of metrics
         if name == "area8":
             return
-        cached = Path(torch.hub.get_dir(), "checkpoints", Path(INCEPTION).name)
-        path = cached if name == "inception" else Path(name)
         try:
             if path == cached and not cached.exists():
                 cached.parent.mkdir(parents=True, exist_ok=True)
-                torch.hub.download_url_to_file(INCEPTION, str(cached), progress=RANK == 0)
+                torch.hub.download_url_to_file(FID_NET, str(cached), progress=RANK == 0)
             self.net = torch.jit.load(path, map_location=device).eval()
             image = torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=device)
             self.width = self.net(image, return_features=True).shape[1]
         except Exception:  # urllib and torch raise anything
             what = f"{path} is not there, or not TorchScript in the field's format"
-            raise UserError(f"--detector {name}: {what}; fetch {INCEPTION} and name it, or area8") from None
-        self.label = "" if path.name == cached.name else f"[{path.stem}]"
+            raise UserError(f"--detector {name}: {what}; fetch {FID_NET} and name it, or area8") from None
 
     @torch.no_grad()
     def __call__(self, image):
@@ -1693,13 +1671,13 @@ def mean_over_processes(t):
 
 def own_batches(n, desc):
     """0 to n - 1 in batches of 4: those of this process, with a progress bar. -> arrays of numbers"""
-    batches = [np.arange(first, min(first + 4, n)) for first in range(0, n, 4)]
-    own = batches[RANK * len(batches) // WORLD : (RANK + 1) * len(batches) // WORLD]
-    return tqdm(own, desc, unit="batch", disable=RANK > 0, leave=False)
+    starts = np.array_split(np.arange(0, n, 4), WORLD)[RANK]
+    own = [np.arange(first, min(first + 4, n)) for first in starts]
+    return tqdm(own, desc, unit="batch", disable=RANK > 0 or not n, leave=False)
 
 
 def gather(parts):
-    """Rows (B, F) of this process -> those of all processes, in order (N, F)"""
+    """Rows (B, ...) of this process -> those of all processes, in order (N, ...)"""
     own = torch.cat([torch.zeros(0), *(part.cpu() for part in parts)])  # a process may have none
     everyone = [own] * WORLD
     if WORLD > 1:
@@ -1709,14 +1687,12 @@ def gather(parts):
 
 def running_gaussian(parts):
     """Rows (B, F) of all processes, without keeping them -> mean (F,), covariance (F, F) in float64"""
-    total = 0
+    own = []  # stays empty in a process that has none
     for x in parts:
         y = F.pad(x.double(), (1, 0), value=1.0)
-        total = total + y.t() @ y  # with a one in front: count, sums and sums of products
-    everyone = [torch.as_tensor(total).cpu()] * WORLD  # 0 of a process that has none
-    if WORLD > 1:
-        dist.all_gather_object(everyone, everyone[RANK])
-    total = sum(everyone)
+        own = [sum(own) + y.t() @ y]  # with a one in front: count, sums and sums of products
+    everyone = gather(own)  # one matrix below the other
+    total = sum(everyone.split(everyone.shape[1]))
     n, mean = total[0, 0], total[0, 1:] / total[0, 0]
     return mean, (total[1:, 1:] - n * torch.outer(mean, mean)) / (n - 1)
 
@@ -1737,42 +1713,19 @@ def measure_samples(G, labels, detector, n, n_flat):
     z, c, prior = draw_latents(cfg, max(n, n_flat), labels, "evaluate")
     front = prior._replace(yaw=0 * prior.yaw, pitch=0 * prior.pitch + math.pi / 2)
 
-    def render(i, prior, cut):
-        """Samples i from the posterior of a prior camera; noise inputs are random, but always the same."""
-        seed_draws(cfg.seed, -1, "noise", int(i[0]))
-        planes = G.backbone(G.mapping(z[i], c[i]), noise="random")
-        return G.render(planes, G.pose(rows(prior, i), z[i], c[i]), cfg.resolution, cut=cut)
+    def render(n, prior, cut):
+        """n samples from posteriors of prior cameras; noise inputs are random, but always the same."""
+        for i in own_batches(n, "measuring depth" if cut else "measuring samples"):
+            seed_draws(cfg.seed, -1, "noise", int(i[0]))
+            planes = G.backbone(G.mapping(z[i], c[i]), noise="random")
+            yield G.render(planes, G.pose(rows(prior, i), z[i], c[i]), cfg.resolution, cut=cut)
 
     features = []
-    scores = []
-    for i in own_batches(n, "measuring samples"):
-        image, depth = render(i, prior, cut=False)
+    for image, depth in render(n, prior, cut=False):
         adapted = [G.depth_adaptor.adapt(depth)] if G.depth_adaptor else []
         features.append(detector(torch.cat([image, *adapted], 1)))
-    for i in own_batches(n_flat, "measuring depth"):
-        _, depth = render(i, front, cut=True)
-        scores.append(non_flatness_score(depth, cfg.near, cfg.far)[:, None])
-    return gather(features), gather(scores).flatten()
-
-
-def evaluate(G, labels, metrics, detector, reals):
-    """Metrics of G in evaluation mode (--metrics), the same on any number of processes. -> {name: number}
-    detector: None where no metric needs one; reals: mean, covariance of its features of the data"""
-    wanted = parse_metrics(metrics)
-    n_flat = max((n for kind, _, n in wanted if kind == "nfs"), default=0)
-    n = max((n for kind, _, n in wanted if kind != "nfs"), default=0)
-    fake, flat = measure_samples(G, labels, detector, n, n_flat)
-    result = {}
-    for kind, count, n in wanted:
-        if kind == "nfs":
-            result[f"nfs{count}"] = float(flat[:n].mean())
-        elif kind == "is":
-            result[f"is{count}{detector.label}"] = inception_score(fake[:n, detector.width :])
-        else:
-            w = slice(detector.width)
-            distance = frechet_distance((reals[0][w], reals[1][w, w]), gaussian(fake[:n, w]))
-            result[f"fid{count}{detector.label}"] = distance
-    return result
+    scores = (non_flatness_score(depth, cfg.near, cfg.far) for _, depth in render(n_flat, front, cut=True))
+    return gather(features), gather(scores)
 
 
 # ---- Training ----------------------------------------------------------------------------------------------
@@ -1824,8 +1777,7 @@ def build(cfg, device):
     seed_draws(cfg.seed, -1, "init", 0)
     G = Generator(cfg).to(device)
     D = Discriminator(cfg).to(device)
-    G_ema = Generator(cfg).to(device)
-    G_ema.eval().requires_grad_(False).load_state_dict(G.state_dict())
+    G_ema = copy.deepcopy(G).eval().requires_grad_(False)
     ratio = cfg.r1_interval / (cfg.r1_interval + 1)  # makes up for R1, which is added at few steps alone
     opt_g = torch.optim.Adam(G.parameters(), cfg.g_lr, (0.0, 0.99), fused=True)
     opt_d = torch.optim.Adam(D.parameters(), cfg.d_lr * ratio, (0.0, 0.99**ratio), fused=True)
@@ -1840,15 +1792,14 @@ class Averages:
 
     def add(self, **values):
         for name, value in values.items():
-            self.values.setdefault(name, []).append(torch.as_tensor(value, dtype=torch.float32).detach())
+            self.values.setdefault(name, []).append(value.detach().float())
 
-    def result(self, device):
+    def result(self):
         """-> {name: number or list}, and begins anew"""
         means = {}
         for name in sorted(self.values):
-            mean = torch.stack([x.to(device) for x in self.values[name]]).mean(0)
+            mean = torch.stack(self.values.pop(name)).mean(0)
             means[name] = mean_over_processes(mean).tolist()
-        self.values = {}
         return means
 
 
@@ -1909,7 +1860,7 @@ def average_gradients(module, extra):
     parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in params] + [extra]
     flat = mean_over_processes(torch.cat([t.flatten() for t in parts]))  # all in one vector
     bad = (~flat.isfinite()).float().mean()
-    torch.nan_to_num(flat, nan=0.0, posinf=1e5, neginf=-1e5, out=flat)
+    flat.nan_to_num_(nan=0.0, posinf=1e5, neginf=-1e5)
     *means, last = flat.split([t.numel() for t in parts])
     for p, mean in zip(params, means, strict=True):
         p.grad = mean.view_as(p)
@@ -1918,7 +1869,7 @@ def average_gradients(module, extra):
 
 def training_step(run, batch, stats):
     """One update of G, D, moving average by this process's share of a batch -> whether a process must stop"""
-    cfg, G, D = run.cfg, run.G, run.D
+    cfg, G = run.cfg, run.G
     now = schedules(cfg, run.kimg)
     real = real_images(batch, run.labels.device)  # (share, 3 or 4, R, R)
     c = batch["label"].to(real.device)  # (share,)
@@ -1931,11 +1882,9 @@ def training_step(run, batch, stats):
     own = slice(RANK * share, (RANK + 1) * share)
     patches = Patch(*(t[own].to(real.device) for t in patches))
 
-    ratio = cfg.r1_interval / (cfg.r1_interval + 1)  # see `build`
-    run.opt_g.param_groups[0]["lr"] = cfg.g_lr * now["lr_factor"]
-    run.opt_d.param_groups[0]["lr"] = cfg.d_lr * ratio * now["lr_factor"]
-    run.opt_g.zero_grad()
-    run.opt_d.zero_grad()
+    for adam in (run.opt_g, run.opt_d):
+        adam.param_groups[0]["lr"] = adam.defaults["lr"] * now["lr_factor"]  # defaults: as `build` set it
+        adam.zero_grad()
 
     # Gradients: of G, and of D on what G makes, pass by pass; of the camera regulariser; of D on photographs.
     G.density_noise = now["density_noise"]
@@ -1953,7 +1902,7 @@ def training_step(run, batch, stats):
         discriminator_pass(run, real[part], c[part], rows(patches, part), scale_mean, weight, stats)
 
     bad_g, w_mean = average_gradients(G, w_sum / share)
-    bad_d, stop = average_gradients(D, real.new_full([1], bool(run.stop)))  # with it travels who must stop
+    bad_d, stop = average_gradients(run.D, real.new_full([1], bool(run.stop)))  # and whether any must stop
     stats.add(nonfinite_g=bad_g, nonfinite_d=bad_d)
 
     run.opt_g.step()
@@ -1971,9 +1920,9 @@ def training_step(run, batch, stats):
 
 def choose_device(wanted, precision="tf32"):
     """wanted: as --device. -> torch.device, with PyTorch set up for it"""
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: this PyTorch finds no GPU that it can use; leave --device out")
     if wanted == "cpu" or not torch.cuda.is_available():
+        if wanted == "cuda":
+            raise UserError("--device cuda: this PyTorch finds no GPU that it can use; leave --device out")
         # glibc: freed memory stays with the process, since new pages cost more than the arithmetic on them.
         with contextlib.suppress(OSError, AttributeError, TypeError):
             ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
@@ -2018,22 +1967,9 @@ def snapshot(run):
     write_samples(run.G_ema, run.labels, run.file("samples", "png"))
 
 
-def open_checkpoint(path):
-    """-> path, Config, state. What is damaged, foreign or of another version is a UserError."""
-    state = load_tensors(path, "--resume", mmap=True)
-    try:
-        with zipfile.ZipFile(path) as parts:
-            if parts.testzip():
-                raise zipfile.BadZipFile("its checksum is wrong")
-        cfg, state = Config(**state["config"]), {k: state[k] for k in ("step", "images", *TRAINED)}
-        validate(cfg, 1)
-    except Exception as e:  # whatever a damaged or foreign file leads to
-        raise UserError(f"--resume {path}: damaged, or not a checkpoint of this program ({e})") from None
-    return Path(path), cfg, state
-
-
 def load_checkpoint(*paths):
-    """The first whole one of the paths, or of a run's folder, the newest first. -> path, Config, state"""
+    """The first whole one of the paths, or of a run's folder, the newest first. -> path, Config, state
+    If there is none, but what is damaged, foreign or of another version: UserError."""
     folder = Path(paths[0])
     if folder.is_dir():
         paths = [path for _, path in checkpoints(folder)]
@@ -2041,11 +1977,18 @@ def load_checkpoint(*paths):
         raise UserError(f"--resume: no checkpoint in {folder}; name one, or the folder of a run")
     for path in paths:
         try:
-            return open_checkpoint(path)
-        except UserError as e:
+            state = load_tensors(path, "file", mmap=True)
+            with zipfile.ZipFile(path) as parts:
+                if parts.testzip():
+                    raise zipfile.BadZipFile("its checksum is wrong")
+            cfg, state = Config(**state["config"]), {k: state[k] for k in ("step", "images", *TRAINED)}
+            validate(cfg, 1)
+            return Path(path), cfg, state
+        except Exception as e:  # whatever a damaged or foreign file leads to
+            what = f"--resume {path}: damaged, or not a checkpoint of this program ({e})"
             if path == paths[-1]:
-                raise
-            print(f"3dgp.py: warning: {e}; the checkpoint before it is taken", file=sys.stderr)
+                raise UserError(what) from None
+            print(f"3dgp.py: warning: {what}; the checkpoint before it is taken", file=sys.stderr)
 
 
 def restore(path, state, **modules):
@@ -2146,10 +2089,25 @@ def open_run(cfg, state, stop):
     return run
 
 
-def measure(run, detector, reals):
-    """Metrics of the moving average (see `evaluate`), printed and appended to metrics.jsonl."""
+def evaluate(run, detector, reals):
+    """Metrics (--metrics) of the average, printed and appended to metrics.jsonl; the same on any number
+    of processes. detector: None where none needs one; reals: mean, covariance of its features of the data"""
     cfg = run.cfg
-    result = evaluate(run.G_ema, run.labels, cfg.metrics, detector, reals) if cfg.metrics else {}
+    wanted = parse_metrics(cfg.metrics)
+    n_flat = max((n for kind, _, n in wanted if kind == "nfs"), default=0)
+    n = max((n for kind, _, n in wanted if kind != "nfs"), default=0)
+    fake, flat = measure_samples(run.G_ema, run.labels, detector, n, n_flat)
+    result = {}
+    for kind, count, n in wanted:
+        if kind == "nfs":
+            result[f"nfs{count}"] = float(flat[:n].mean())
+        elif kind == "is":
+            result[f"is{count}{detector.label}"] = inception_score(fake[:n, detector.width :])
+        else:
+            w = slice(detector.width)
+            distance = frechet_distance((reals[0][w], reals[1][w, w]), gaussian(fake[:n, w]))
+            result[f"fid{count}{detector.label}"] = distance
+
     if RANK == 0 and result:
         path = Path(cfg.out, "metrics.jsonl")
         append_line(path, dict(kimg=run.kimg, data=cfg.data, reals=cfg.reals, **result))
@@ -2175,7 +2133,7 @@ def train_until_trouble(cfg, state, stop):  # noqa: C901, PLR0915 (the loop, fro
         snapshot(run)  # even of a run that goes on: its configuration may be another one
     reals = detector and running_gaussian(real_parts(cfg, run.data, detector, device, cfg.reals))
     if not state:
-        measure(run, detector, reals)
+        evaluate(run, detector, reals)
 
     for kind in STOP_SIGNALS:  # from now on there is something to save
         signal.signal(kind, lambda *_: stop.append(1))
@@ -2192,7 +2150,7 @@ def train_until_trouble(cfg, state, stop):  # noqa: C901, PLR0915 (the loop, fro
 
             if run.due(cfg.log_kimg):
                 speed = (run.images - tick[1]) / (time.time() - tick[0])
-                entry = dict(kimg=run.kimg, **stats.result(device))
+                entry = dict(kimg=run.kimg, **stats.result())
                 if device.type == "cuda":
                     entry.update(memory_mb=torch.cuda.max_memory_allocated(device) / 2**20)
                 entry.update(images_per_second=round(speed, 2), schedules=schedules(cfg, run.kimg))
@@ -2202,13 +2160,13 @@ def train_until_trouble(cfg, state, stop):  # noqa: C901, PLR0915 (the loop, fro
                 healthy = run.kimg
                 if RANK == 0:
                     append_line(Path(cfg.out, "log.jsonl"), entry)
-                bar.set_postfix_str(f"G {entry['loss_g']:.3g}, D {entry['loss_d_fake']:.3g}")
+                bar.set_postfix(G=entry["loss_g"], D=entry["loss_d_fake"])
 
             if RANK == 0 and run.due(cfg.snapshot_kimg):
                 snapshot(run)
 
             if run.due(cfg.metrics_kimg) and not stopped:
-                measure(run, detector, reals)
+                evaluate(run, detector, reals)
 
             if run.due(cfg.log_kimg):
                 tick = time.time(), run.images  # speed is that of training alone
@@ -2217,7 +2175,6 @@ def train_until_trouble(cfg, state, stop):  # noqa: C901, PLR0915 (the loop, fro
 
     end = f"stopped (go on with --resume latest --out {cfg.out})" if run.images < total else "finished"
     say(f"{end} at {run.kimg:g} kimg; see {run.file('samples', 'png')}")
-    return None
 
 
 # ---- Pictures ----------------------------------------------------------------------------------------------
@@ -2226,11 +2183,10 @@ def train_until_trouble(cfg, state, stop):  # noqa: C901, PLR0915 (the loop, fro
 
 def to_picture(rgb, depth=(), near=-1, far=1, dim=1):
     """rgb (3, H, W) in [-1, 1]; below it (dim=2: beside) depth (1, H, W), if any -> uint8 (., ., 3)"""
-    parts = [(rgb.clamp(-1, 1) + 1) / 2]
+    parts = [(rgb + 1) / 2]
     for d in depth:
-        d = (d - near) / max(far - near, 1e-6)
-        parts.append(d.clamp(0, 1).expand(3, -1, -1))
-    return (torch.cat(parts, dim) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+        parts.append((d - near).expand_as(rgb) / max(far - near, 1e-6))
+    return (torch.cat(parts, dim).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
 
 
 def tile(cells, columns):
@@ -2249,7 +2205,7 @@ def write_image(image, path):
 def render_views(G, planes, cameras, resolution, dim=1):
     """One scene (planes of 1) from each camera -> pictures of RGB and depth, as `to_picture`"""
     views = [G.render(planes, rows(cameras, [i]), resolution) for i in range(len(cameras.yaw))]
-    near, far = views[0][1].flatten().quantile(planes.new_tensor([0.02, 0.98])).tolist()  # but for strays
+    near, far = views[0][1].quantile(planes.new_tensor([0.02, 0.98])).tolist()  # but for strays
     return [to_picture(rgb[0], depth[0], near, far, dim) for rgb, depth in views]
 
 
@@ -2271,13 +2227,13 @@ def write_samples(G, labels, path, scenes=16, views=4):
 # The command line, what can be wrong in it, which run it means, and how a program ends. For tools/, too.
 
 
-def parse_options(options, prog, description, argv=None, positional=(), epilog=""):
+def parse_options(options, prog, description, argv=None, positional=()):
     """options: a dataclass of `opt`s; positional: (name, help, nargs or None), ... -> {field: value given}"""
 
     def refuse(message):
         raise UserError(f"{message}; --help shows all options")
 
-    parser = argparse.ArgumentParser(prog=prog, description=description, epilog=epilog, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
     parser.argument_default = argparse.SUPPRESS
     parser.error = refuse
     for name, text, nargs in positional:
@@ -2290,10 +2246,9 @@ def parse_options(options, prog, description, argv=None, positional=(), epilog="
         elif isinstance(default, tuple):
             how = dict(type=float, nargs=len(default), metavar="X")
             default = " ".join(f"{x:g}" for x in default)
-        text = f"{option.metadata['help']} (default: {default})".replace("%", "%%")
+        text = f"{option.metadata['help']} (default: {default})"
         parser.add_argument("--" + option.name.replace("_", "-"), help=text, **how)
-    given = vars(parser.parse_args(argv))
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    return vars(parser.parse_args(argv))
 
 
 POSITIVE = {"batch_size", "triplane_features", "channel_base", "channel_max", "adaptor_channels", "z_dim"}
@@ -2320,8 +2275,7 @@ def validate(cfg, world):
         if name.startswith("prior_"):
             require(value[0] < value[1], f"{flag}: the first number must be less than the second")
         if name.endswith("resolution"):
-            power = value in (2**i for i in range(3, 15))
-            require(power, f"{flag} {value}: must be a power of two, 8 or more")
+            require(value > 4 and value.bit_count() == 1, f"{flag} {value}: must be a power of two from 8 on")
 
     R, P = cfg.resolution, cfg.patch_resolution
     require(cfg.dims == 3 or cfg.depth == "none", "--dims 2: a picture has no depth; add --depth none")
@@ -2338,15 +2292,13 @@ def validate(cfg, world):
     size = math.gcd(cfg.batch_gpu, share)  # of a pass
     batch = f"--batch-size {cfg.batch_size}, --batch-gpu {cfg.batch_gpu}"
     require(cfg.batch_size % world == 0, f"{batch}: not divisible by {world} processes")
-    what = f"{size} images in a pass are not a multiple of {MBSTD_GROUP}, for mini-batch standard deviation"
-    require(size % MBSTD_GROUP == 0, f"{batch}: {what}")
+    require(size % MBSTD_GROUP == 0, f"{batch}: {size} images in a pass are not a multiple of {MBSTD_GROUP}")
     return share
 
 
 def resolve(given):
     """The options given -> Config, and the state to go on from or None. What is not given stays as it was."""
-    name = Path(given.get("data", "shapes")).resolve().stem or "data"
-    out = Path(given.get("out") or Path("runs", name))
+    out = Path(given.get("out") or Path("runs", Path(given.get("data", "shapes")).resolve().stem))
     resume = given.get("resume", "")
     if not resume or resume == "auto" and not checkpoints(out):
         if Path(out, "config.json").exists() and not resume:
@@ -2356,7 +2308,7 @@ def resolve(given):
     cfg = replace(saved, **{"out": str(path.parent), **given, "resume": str(path)})
     if cfg.preset != saved.preset:
         raise UserError(f"--preset {cfg.preset}: {path} is of {saved.preset}; start a new run")
-    if Path(cfg.out).resolve() != path.resolve().parent and Path(cfg.out, "config.json").exists():
+    if Path(cfg.out, "config.json").exists() and not path.parent.samefile(cfg.out):
         raise UserError(f"--out {cfg.out}: holds another run than {path}; name another folder")
     say(f"going on with {path}")
     return cfg, state
@@ -2381,19 +2333,18 @@ def run_program(name, work):
         print(f"{name}: error: process {RANK} waited in vain: {reason}", file=sys.stderr)
     except KeyboardInterrupt:  # before there was anything to save
         status = 130
-    if dist.is_initialized() and status:
-        os._exit(status)  # threads that wait for other processes would abort a normal exit
     if dist.is_initialized():
+        if status:
+            os._exit(status)  # threads that wait for other processes would abort a normal exit
         dist.destroy_process_group()
     return status
 
 
 def main(argv=None):
     """-> exit status"""
-    description = "3DGP: a 3D GAN for any category, from unposed photographs. What comes after is in tools/."
-    epilog = "Defaults are the published ones at 256²; --preset and --data change them, as PRESETS says."
-    texts = description, argv, (), epilog
-    return run_program("3dgp.py", lambda: train(*resolve(parse_options(Config, "3dgp.py", *texts))))
+    about = "3DGP: a 3D GAN for any category, from unposed photographs. What comes after is in tools/. "
+    about += "Defaults are the published ones at 256²; --preset and --data change them, as PRESETS says."
+    return run_program("3dgp.py", lambda: train(*resolve(parse_options(Config, "3dgp.py", about, argv))))
 
 
 if __name__ == "__main__":

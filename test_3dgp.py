@@ -1444,7 +1444,7 @@ def test_r1_is_of_the_patch_before_the_blurs():
     stats = m.Averages()
     m.discriminator_pass(run, real, torch.zeros(4).long(), patch, 1.0, 1.0, stats)
 
-    penalty = stats.result(CPU)["r1"]
+    penalty = stats.result()["r1"]
     slope = run.D.slope.detach()[None]
     depth = m.blur(m.blur(slope[:, 3:], 1.5, spread=30), 1.5)
     gradient = torch.cat([m.blur(slope[:, :3], 1.5), depth], 1)
@@ -2040,8 +2040,8 @@ def spoil(monkeypatch, how, at=12, times=1):
         if how == "nan":
             batch = {**batch, "image": batch["image"].float() * math.nan}
         elif how == "lr":
-            too_fast = dataclasses.replace(run.cfg, g_lr=1000 * run.cfg.g_lr, d_lr=1000 * run.cfg.d_lr)
-            run = dataclasses.replace(run, cfg=too_fast)
+            for opt in (run.opt_g, run.opt_d):
+                opt.defaults["lr"] *= 1000
         elif how == "scale":
             with torch.no_grad():
                 for p in run.D.parameters():

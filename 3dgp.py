@@ -28,6 +28,8 @@ in world units, angles are in radians but fov in degrees.
 """
 
 import argparse
+import collections
+import colorsys
 import contextlib
 import copy
 import ctypes
@@ -162,7 +164,7 @@ class Config:
     # output
     snapshot_kimg: float = opt(200, "write checkpoint and samples every so many kimg; the newest 8 stay")
     log_kimg: float = opt(4, "write a line of log.jsonl every so many kimg")
-    metrics: str = opt("fid2k", "of fid, is, nfs, each with a number of images (fid50k,nfs256); empty: none")
+    metrics: str = opt("fid2k", "of fid, nfs, each with a number of images (fid50k,nfs256); empty: none")
     metrics_kimg: float = opt(200, "measure every so many kimg")
     detector: str = opt("inception", "what compares images: inception, its file, or area8 (area averages)")
     reals: int = opt(0, "images of the data that samples are compared with (0: all)")
@@ -295,11 +297,18 @@ def load_tensors(path, flag, **kind):
 # A folder or zip of images, or `shapes`, which the program draws itself. An item is a dict of one image:
 # `image` uint8 (3, R, R); `depth` float32 (1, R, R) in [-1, 1], larger is farther; and `label`.
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+NAME_ALONE = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"}  # Pillow does not decode these
+SUFFIXES = {end for end, kind in PIL.Image.registered_extensions().items() if kind not in NAME_ALONE}
+PIL.Image.MAX_IMAGE_PIXELS = None  # the limit is in to_rgb, by memory
+MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2**33
 
 
 def to_rgb(image):
     """Any PIL image, upright and as RGB; transparency over white, 16-bit gray scaled to 8."""
+    if image.width * image.height > MEMORY / 16:
+        raise ValueError(f"{image.width} x {image.height} pixels are more than this machine's memory holds")
+    if image.mode == "F":
+        raise ValueError("floats, whose range nobody knows; save it with 8 or 16 bits")
     image = PIL.ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         gray = np.asarray(image).clip(0, 65535) // 257
@@ -310,24 +319,62 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-def read_depth(png):
-    """Depth from the bytes of a gray PNG of 8 or 16 bits. -> float32 (H, W)"""
-    with PIL.Image.open(io.BytesIO(png)) as image:
+def read_depth(content):
+    """Depth from the bytes of a gray picture -> float32 (H, W), NaN where a sensor has not measured."""
+    with PIL.Image.open(io.BytesIO(content)) as image:
+        image = PIL.ImageOps.exif_transpose(image)
         depth = np.atleast_3d(image.convert("RGB") if image.mode == "P" else image)  # (H, W, 1 to 4)
-    if depth.shape[2] > 2 and (depth[..., 0] != depth[..., 1]).any():
+    if depth.shape[2] > 2 and (depth[..., :1] != depth[..., 1:3]).any():
         raise ValueError("a picture of depth, not depth: it has colours")
-    return depth[..., 0].astype(np.float32)
+    return mark_holes(depth[..., 0])
+
+
+def mark_holes(depth):
+    """NaN for zeros far from all other values, which mean "not measured"; maps from 0 to 65535 have none."""
+    levels = np.unique(depth)
+    gaps = np.diff(levels)
+    if levels[0] == 0 and levels[-1] != 65535 and len(gaps) > 1:
+        holes = gaps[0] > max(4 * np.median(gaps[1:]), 0.1 * np.median(levels))
+        depth = np.where(holes & (depth == 0), np.nan, depth)
+    return depth.astype(np.float32)
+
+
+def to_unit(x):
+    return (x - x.min()) / max(x.max() - x.min(), 1e-6)
+
+
+def fit_depth(depth, size, resolution):
+    """Cuts a map (H, W) as its picture of size (w, h) is cut, whatever the map's own size. -> (R, R)"""
+    depth = PIL.Image.fromarray(depth)
+    if (size[0] / size[1] - 1) * (depth.width / depth.height - 1) < -0.01:  # one is upright, the other is not
+        raise ValueError(f"the picture is {size[0]} x {size[1]}, its depth {depth.width} x {depth.height}")
+    share = min(size) / np.array(size)  # of width and height: the picture's largest centred square
+    box = *((1 - share) / 2 * depth.size), *((1 + share) / 2 * depth.size)
+    return np.asarray(depth.resize((resolution, resolution), PIL.Image.BILINEAR, box))
 
 
 def depth_name(name):
-    """Where the depth of an image is: "cat/1.jpg" -> "cat/1_depth.png"."""
-    return str(Path(name).with_suffix("")) + "_depth.png"
+    """Where the depth of an image is, but for its ending: "cat/1.jpg" -> "cat/1_depth"."""
+    return os.path.splitext(name)[0] + "_depth"
+
+
+class Names(dict):
+    """What belongs to names of files, found by the name as it is, else in any letter case, else None."""
+
+    def __init__(self, table):
+        super().__init__({name.lower(): value for name, value in table.items()} | table)
+
+    def __missing__(self, name):
+        return self.get(name.lower())
 
 
 @functools.lru_cache(4)
 def open_zip(path, pid):
     """A zip, opened anew in each process: data workers must not share a file position."""
-    return zipfile.ZipFile(path)
+    archive = zipfile.ZipFile(path)
+    members = [member for member in archive.infolist() if not member.is_dir()]  # some are of Windows
+    archive.NameToInfo = {os.path.normpath(m.filename.replace("\\", "/")).lstrip("/"): m for m in members}
+    return archive
 
 
 class ImageData:
@@ -340,17 +387,25 @@ class ImageData:
         self.unreadable = set()  # names that were met
         self.resolution = cfg.resolution
         self.use_depth = cfg.depth != "none"
-        files = self.list_files()
 
-        # Hidden files are none of ours. A depth map is no photograph, nor is all_depth.png of lereS_depth.py.
-        images = [f for f in sorted(files) if Path(f).suffix.lower() in IMAGE_SUFFIXES]
-        images = [f for f in images if not re.search(r"(^|/)(\.[^/]|__MACOSX)", f)]
-        depths = {f for f in images if f.endswith("_depth.png")}
-        self.names = [f for f in images if f not in depths]
+        # Hidden files are none of ours. A depth map is no photograph.
+        files = [f for f in sorted(self.list_files()) if not re.search(r"(^|/)(\.[^/]|__MACOSX)", f)]
+        images = [f for f in files if os.path.splitext(f)[1].lower() in SUFFIXES]
+        found = Names({os.path.splitext(f)[0]: f for f in images})
+        depths = [found[depth_name(f)] for f in images]
+        maps = {f for f in images if f.lower().endswith("_depth.png")}.union(depths)
+        self.names = [f for f in images if f not in maps]
+        self.depths = [found[depth_name(f)] for f in self.names]  # None: without
         if not self.names:
-            raise UserError(f"--data {source}: no images in it, of {' '.join(sorted(IMAGE_SUFFIXES))}")
+            raise UserError(f"--data {source}: no images in it that Pillow opens")
 
-        missing = [name for name in self.names if depth_name(name) not in depths]
+        notes = {"dataset.json", "prepared.json", "kept.txt", "skipped.txt", "all_depth.png"}  # ours
+        others = set(files).difference(self.names, self.depths)
+        endings = collections.Counter(Path(f).suffix for f in others if Path(f).name not in notes)
+        if endings:
+            say(f"{source}: not read, by ending: {dict(endings)}")
+
+        missing = [name for name, depth in zip(self.names, self.depths, strict=True) if not depth]
         self.has_depth = len(missing) < len(self.names)
         if self.use_depth and self.has_depth and missing:
             what = f"{len(missing)} of {len(self.names)} images have no depth, the first is {missing[0]}"
@@ -369,14 +424,14 @@ class ImageData:
 
         if self.source.is_file():
             try:
-                return open_zip(self.source, os.getpid()).namelist()
+                return list(open_zip(self.source, os.getpid()).NameToInfo)
             except Exception as e:  # zipfile raises many kinds
                 refuse(e)
 
         files, seen = [], set()
         for path, folders, members in os.walk(self.source, followlinks=True, onerror=refuse):
-            prepared = "prepared.json" in members and Path(path) != self.source  # by lereS_depth.py
-            if prepared or os.path.realpath(path) in seen:
+            ours = {"prepared.json", "log.jsonl"}.intersection(members) and Path(path) != self.source
+            if ours or os.path.realpath(path) in seen:
                 folders.clear()
                 continue
             seen.add(os.path.realpath(path))
@@ -386,18 +441,23 @@ class ImageData:
     def read_labels(self, files):
         """Class of every image, by dataset.json or the first-level folders. -> int64 (N,), or empty"""
         top = os.path.commonpath([os.path.dirname(name) for name in self.names])  # archives have one folder
-        listings = [f for f in ("dataset.json", os.path.join(top, "dataset.json")) if f in files]
-        if listings:
-            table = self.read_listing(listings[0])
+        found = Names({f: f for f in files})
+        folders = [Path(top), *Path(top).parents]
+        listing = next(filter(None, (found[str(folder / "dataset.json")] for folder in folders)), None)
+        if listing:
+            table = self.read_listing(listing)
         else:
-            folders = {name: Path(name).relative_to(top).parts[:-1] for name in self.names}
-            classes = sorted({parts[0] for parts in folders.values() if parts})
-            number = {name: k for k, name in enumerate(classes)}
-            table = {name: number[parts[0]] for name, parts in folders.items() if parts}
-        unlabelled = [name for name in self.names if name not in table]
+            inside = {name: Path(name).relative_to(top).parts for name in self.names}
+            folders = sorted({parts[0] for parts in inside.values() if len(parts) > 1})
+            number = {folder: k for k, folder in enumerate(folders)}
+            table = Names({name: number[parts[0]] for name, parts in inside.items() if len(parts) > 1})
+            if folders:
+                say(
+                    f"{len(folders)} classes: {', '.join(folders[:9])} (parts of one set? Give one as --data)"
+                )
+        unlabelled = [name for name in self.names if table[name] is None]
         if table and unlabelled:
-            what = f"{len(unlabelled)} images are in no class's folder or dataset.json, first {unlabelled[0]}"
-            raise UserError(f"--data {self.source}: {what}")
+            raise UserError(f"--data {self.source}: {len(unlabelled)} without a class, first {unlabelled[0]}")
         return np.array([table[name] for name in self.names if table], np.int64)
 
     def read_listing(self, listing):
@@ -407,7 +467,8 @@ class ImageData:
             for name, label in listed:
                 if type(label) is not int or not 0 <= label < 100_000:
                     raise ValueError(f"{name}: class {label!r} is no whole number from 0 to 99,999")
-            return {os.path.join(os.path.dirname(listing), name): label for name, label in listed}
+            folder = os.path.dirname(listing)
+            return Names({os.path.join(folder, name.replace("\\", "/")): label for name, label in listed})
         except Exception as e:  # whatever a damaged file leads to
             form = '{"labels": [["file", class], ...]}'
             raise UserError(f"--data {self.source}: dataset.json is not of the form {form} ({e})") from None
@@ -420,23 +481,21 @@ class ImageData:
 
     def decode(self, i):
         """-> {image, and depth if it is wanted} of photograph i; raises whatever PIL does"""
-        size = self.resolution, self.resolution
         with PIL.Image.open(io.BytesIO(self.read(self.names[i]))) as image:
-            pixels = np.asarray(PIL.ImageOps.fit(to_rgb(image), size, PIL.Image.LANCZOS))
+            image = to_rgb(image)
+        pixels = np.asarray(PIL.ImageOps.fit(image, (self.resolution, self.resolution), PIL.Image.LANCZOS))
         item = dict(image=torch.from_numpy(pixels.transpose(2, 0, 1).copy()))
         if self.use_depth:
-            depth = PIL.Image.fromarray(read_depth(self.read(depth_name(self.names[i]))))
-            depth = np.asarray(PIL.ImageOps.fit(depth, size, PIL.Image.BILINEAR))
+            depth = fit_depth(read_depth(self.read(self.depths[i])), image.size, self.resolution)
             if not np.isfinite(depth).all():
-                raise ValueError("depth is not finite")
-            depth = 2 * (depth - depth.min()) / max(depth.max() - depth.min(), 1e-6) - 1
-            item["depth"] = torch.from_numpy(depth)[None]
+                raise ValueError("its depth has holes; lereS_depth.py --depth-from fills them")
+            item["depth"] = torch.from_numpy(2 * to_unit(depth) - 1)[None]
         return item
 
     def __getitem__(self, i):
         for _ in range(100):
             try:
-                return dict(self.decode(i), label=int(self.labels[i]) if self.num_classes else 0)
+                return dict(self.decode(i), label=self.labels[i] if self.num_classes else 0)
             except Exception as e:  # decoders of damaged files raise anything
                 name = self.names[i]
                 if name not in self.unreadable:
@@ -551,9 +610,9 @@ class ShapesData:
 
         # A hue near the class's own, in bands of two tones.
         hue = label / len(SOLIDS) + rng.normal(0, 0.02)
-        pure = np.clip(abs((hue * 6 + np.array([3, 1, 5])) % 6 - 3) - 1, 0, 1)  # the hue as RGB
+        paint = np.array(colorsys.hsv_to_rgb(hue % 1, 0.85, 1))  # RGB
         tone = np.where(np.sin(7 * points[:, 1] + 1) > 0, 1.0, 0.55)
-        color[hit] = (shade * tone)[:, None] * (1 - 0.85 * pure)
+        color[hit] = (shade * tone)[:, None] * paint
         return color, depth
 
     def estimate(self, rng, depth):
@@ -561,12 +620,12 @@ class ShapesData:
         k, R = self.cfg.depth_distortion, self.cfg.resolution
         pad = R // 8
         power = 1 + k * (rng.uniform(0.5, 1.1) - 1)
-        d = ((depth - depth.min()) / max(depth.max() - depth.min(), 1e-6)) ** power
+        d = to_unit(depth) ** power
         error = torch.from_numpy(rng.normal(0, 0.04 * k, (1, 1, 4, 4)))
         d = d + F.interpolate(error, (R, R), mode="bicubic", align_corners=True)  # (1, 1, R, R)
         d = F.pad(d, (pad,) * 4, mode="replicate")
         d = blur(d, k * R / 64)[0, :, pad:-pad, pad:-pad]
-        return (2 * (d - d.min()) / max(d.max() - d.min(), 1e-6) - 1).float()
+        return (2 * to_unit(d) - 1).float()
 
 
 def stop_with_parent():
@@ -583,9 +642,7 @@ def open_data(cfg):
     source = root / cfg.data if cfg.data in DATA_PRESETS else Path(cfg.data)
     source = source if source.exists() else Path(f"{source}.zip")
     if not source.exists():
-        raise UserError(
-            f"--data {cfg.data}: no such file or folder; data sets by name are in DATA_DIR, {root}"
-        )
+        raise UserError(f"--data {cfg.data}: no such file or folder; named ones are in DATA_DIR, {root}")
     data = ImageData(cfg, source)
     if data.has_depth or cfg.depth == "none":
         return data
@@ -598,7 +655,7 @@ def open_data(cfg):
         command = [sys.executable, Path(__file__).with_name("lereS_depth.py"), source, target]
         command += ["--resolution", str(cfg.resolution), "--device", cfg.device]
         command += ["--weights", cfg.depth_weights]
-        if subprocess.run(command, preexec_fn=stop_with_parent).returncode:
+        if subprocess.run(command, preexec_fn=stop_with_parent if os.name == "posix" else None).returncode:
             raise UserError(f"--data {cfg.data}: no depth, see above; or train on RGB alone: --depth none")
     return ImageData(cfg, target)
 
@@ -642,7 +699,7 @@ def draw_batches(cfg, n, step, rank, world):
         yield batch
 
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C, schedulers and spot machines, SLURM
+STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)}  # last: SLURM
 
 
 def start_worker(_):
@@ -654,17 +711,18 @@ def start_worker(_):
 def load_batches(data, cfg, indices):
     """Batches of the data and its mirror image; indices: a list for each. Workers that fail: UserError."""
     how = dict(batch_sampler=indices, worker_init_fn=start_worker, num_workers=cfg.workers)
-    how.update(timeout=max(10, cfg.timeout / 10) * bool(cfg.workers))
-    how.update(pin_memory=cfg.device != "cpu" and torch.cuda.is_available())
+    how.update(timeout=max(10, cfg.timeout / 10) * bool(cfg.workers), pin_memory=torch.cuda.is_initialized())
     try:
         batches = iter(torch.utils.data.DataLoader(MirroredData(data), **how))
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's own would raise in the middle of a step
+        if hasattr(signal, "SIGCHLD"):  # PyTorch's own handler would raise in the middle of a step
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         yield from batches
     except UserError as e:  # of a worker, with a traceback in front
         raise UserError(str(e).rpartition("UserError: ")[2].strip()) from None
     except (RuntimeError, OSError, EOFError) as e:
         reason = str(e).partition("\n")[0]
-        raise UserError(f"--data: data workers fail: {reason}; try --resume auto, --workers 0") from None
+        hint = "is shared memory, /dev/shm, small? --workers 0 needs none; --resume auto goes on"
+        raise UserError(f"--data: data workers fail: {reason}; {hint}") from None
 
 
 # ---- Ops ---------------------------------------------------------------------------------------------------
@@ -1572,8 +1630,8 @@ def camera_regularizer(G, kimg):
 
 
 # ---- Metrics -----------------------------------------------------------------------------------------------
-# What the paper measures: FID and Inception Score, by the features of a network, and its Non-Flatness Score.
-# Any number of processes get the same numbers. Another network than Inception is named: fid2k[area8].
+# What training follows: FID, by the features of a network, and the paper's Non-Flatness Score. Any number of
+# processes get the same numbers. Another network than Inception is named: fid2k[area8].
 
 
 def frechet_distance(a, b):
@@ -1592,13 +1650,6 @@ def gaussian(x):
     return x.double().mean(0), x.double().t().cov()
 
 
-def inception_score(p, splits=10):
-    """exp of the mean divergence of class probabilities p (N, K) from their mean; averaged over splits."""
-    parts = p.double().clamp(min=1e-16).tensor_split(min(splits, len(p)))
-    divergences = [(x * (x.log() - x.mean(0).log())).sum(1).mean() for x in parts]
-    return float(sum(x.exp() for x in divergences) / len(parts))
-
-
 def non_flatness_score(depth, near, far, bins=64):
     """exp of the entropy of a depth map's histogram: 1 is a flat wall (paper section 4). (B, ...) -> (B,)"""
     share = (depth.flatten(1).clamp(near, far) - near) / (far - near)  # (B, H W) in [0, 1]
@@ -1615,11 +1666,11 @@ FID_NET = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/met
 
 
 class Detector:
-    """What compares images: (B, 3 or 4, H, W) in [-1, 1] -> features (B, width), then class probabilities.
+    """What compares images: (B, 3 or 4, H, W) in [-1, 1] -> features (B, F).
     name: "inception" (downloaded once), a TorchScript file that is called as that one is, or "area8"."""
 
     def __init__(self, name, device):
-        self.net = self.width = None  # all features count
+        self.net = None
         cached = Path(torch.hub.get_dir(), "checkpoints", Path(FID_NET).name)
         path = cached if name == "inception" else Path(name)
         self.label = "" if path.name == cached.name else f"[{path.stem}]"  # is added to the names of metrics
@@ -1630,29 +1681,26 @@ class Detector:
                 cached.parent.mkdir(parents=True, exist_ok=True)
                 torch.hub.download_url_to_file(FID_NET, str(cached), progress=RANK == 0)
             self.net = torch.jit.load(path, map_location=device).eval()
-            image = torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=device)
-            self.width = self.net(image, return_features=True).shape[1]
+            self(torch.zeros(1, 3, 64, 64, device=device))
         except Exception:  # urllib and torch raise anything
             what = f"{path} is not there, or not TorchScript in the field's format"
             raise UserError(f"--detector {name}: {what}; fetch {FID_NET} and name it, or area8") from None
 
     @torch.no_grad()
-    def __call__(self, image):
+    def __call__(self, image, output="return_features"):
         if self.net is None:
             return area8(image)
         image = (image[:, :3] * 127.5 + 128).clamp(0, 255).byte()
-        features = self.net(image, return_features=True).float()
-        return torch.cat([features, self.net(image, no_output_bias=True).float()], 1)
+        return self.net(image, **{output: True}).float()
 
 
-def parse_metrics(text, kinds=("fid", "is", "nfs")):
+def parse_metrics(text, kinds=("fid", "nfs")):
     """ "fid50k,nfs256" -> [("fid", "50k", 50000), ("nfs", "256", 256)]. Below 10k, k is 1,024."""
     metrics = []
     for item in filter(None, text.split(",")):
         found = re.fullmatch(rf"({'|'.join(kinds)})([89]|[1-9]\d{{1,5}}|[1-9]\d{{0,2}}k)", item)
         if not found:
-            known = f"{', '.join(kinds[:-1])} or {kinds[-1]}"
-            raise UserError(f"--metrics {item}: must be {known} and a number from 8 on, as in fid50k")
+            raise UserError(f"--metrics {item}: must be {' or '.join(kinds)}, a number from 8 on; as fid50k")
         kind, count = found.groups()
         n = int(count.removesuffix("k"))
         if count.endswith("k"):
@@ -1839,7 +1887,7 @@ def discriminator_pass(run, real, c, patch, scale_mean, weight, stats):
         score, predicted = run.D(seen, c, patch)  # (B,), (B, teacher_dim)
     loss = loss_real = F.softplus(-score).mean()
 
-    if run.teacher and cfg.kd_weight > 0:
+    if run.teacher:
         with autocast(cfg, real.device):
             target = run.teacher(real[:, :3])  # (B, teacher_dim)
         distance = (predicted - target).norm(dim=1)  # (B,)
@@ -2010,19 +2058,20 @@ def load_generator(resume, device="auto"):
 
 def begin_folder(run):
     """The run folder with its configuration and a picture of the data. Newer checkpoints are renamed."""
+    spread = np.linspace(0, len(run.data) - 1, 32).round().astype(int)  # over the classes too, by their order
+    reals = real_images(torch.utils.data.default_collate([run.data[i] for i in spread]), "cpu")
     folder = Path(run.cfg.out)
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob(".*.tmp"):  # of a process that was killed
         path.unlink()
+    if not run.cfg.resume:  # of two runs that begin at the same moment, one takes it
+        (folder / "config.json").touch(exist_ok=False)
     for kimg, path in checkpoints(folder):
         if kimg > run.kimg:
             path.rename(path.with_name(f"left-{path.name}"))
     with atomic(folder / "config.json") as temporary:
         temporary.write_text(json.dumps(asdict(run.cfg), indent=2))
-    spread = np.linspace(0, len(run.data) - 1, 32).round().astype(int)  # over the classes too, by their order
-    reals = real_images(torch.utils.data.default_collate([run.data[i] for i in spread]), "cpu")
-    cells = [to_picture(x[:3], x[3:]) for x in reals]
-    write_image(tile(cells, 16), folder / "reals.png")
+    write_image(tile([to_picture(x[:3], x[3:]) for x in reals], 16), folder / "reals.png")
 
 
 def diagnose(entry, before):
@@ -2101,18 +2150,15 @@ def evaluate(run, detector, reals):
     for kind, count, n in wanted:
         if kind == "nfs":
             result[f"nfs{count}"] = float(flat[:n].mean())
-        elif kind == "is":
-            result[f"is{count}{detector.label}"] = inception_score(fake[:n, detector.width :])
         else:
-            w = slice(detector.width)
-            distance = frechet_distance((reals[0][w], reals[1][w, w]), gaussian(fake[:n, w]))
-            result[f"fid{count}{detector.label}"] = distance
+            result[f"fid{count}{detector.label}"] = frechet_distance(reals, gaussian(fake[:n]))
 
     if RANK == 0 and result:
         path = Path(cfg.out, "metrics.jsonl")
         append_line(path, dict(kimg=run.kimg, data=cfg.data, reals=cfg.reals, **result))
         for name, value in result.items():
-            tqdm.write(f"{run.kimg:g} kimg: {name} {value:.4g}")
+            why = "" if math.isfinite(value) else ": too few images, or samples that are not finite"
+            tqdm.write(f"{run.kimg:g} kimg: {name} {value:.4g}{why}")
 
 
 def train_until_trouble(cfg, state, stop):  # noqa: C901, PLR0915 (the loop, from top to bottom)
@@ -2127,7 +2173,7 @@ def train_until_trouble(cfg, state, stop):  # noqa: C901, PLR0915 (the loop, fro
     g, d = (sum(p.numel() for p in network.parameters()) for network in (run.G, run.D))
     sizes = f"{len(run.data):,} images, {cfg.num_classes} classes; G {g:,}, D {d:,} parameters"
     say(f"{cfg.data}: {sizes}; {WORLD} x {device}; {cfg.out}")
-    detector = Detector(cfg.detector, device) if re.search("fid|is", cfg.metrics) else None
+    detector = Detector(cfg.detector, device) if "fid" in cfg.metrics else None
     if RANK == 0:
         begin_folder(run)
         snapshot(run)  # even of a run that goes on: its configuration may be another one
@@ -2135,14 +2181,14 @@ def train_until_trouble(cfg, state, stop):  # noqa: C901, PLR0915 (the loop, fro
     if not state:
         evaluate(run, detector, reals)
 
-    for kind in STOP_SIGNALS:  # from now on there is something to save
-        signal.signal(kind, lambda *_: stop.append(1))
     stats, history, healthy = Averages(), [], run.kimg  # history: log entries, all healthy
     tick = time.time(), run.images
     batches = load_batches(run.data, cfg, draw_batches(cfg, len(run.data), run.step, RANK, WORLD))
     interval = 0.5 if sys.stderr.isatty() else 30
     with tqdm(total=total, initial=run.images, unit="img", disable=RANK > 0, mininterval=interval) as bar:
         for batch in batches:
+            for kind in STOP_SIGNALS:  # until the first batch came there was nothing to save
+                signal.signal(kind, lambda *_: stop.append(1))
             stopped = training_step(run, batch, stats)
             run.step += 1
             run.done = stopped or run.images >= total
@@ -2267,7 +2313,7 @@ def validate(cfg, world):
         flag = "--" + name.replace("_", "-")
         if isinstance(value, str):
             continue
-        numbers = np.array(value, np.float64)
+        numbers = np.array(value, float)
         least = numbers.min(initial=math.inf)
         require(np.isfinite(numbers).all(), f"{flag}: not a finite number")
         require(least >= 0 or name == "prior_yaw", f"{flag}: must not be negative")
@@ -2286,7 +2332,6 @@ def validate(cfg, world):
     require(cfg.coarse_samples >= 3, f"--coarse-samples {cfg.coarse_samples}: must be 3 or more")
     require(cfg.near < cfg.far, f"--near {cfg.near}: must be less than --far {cfg.far}")
     parse_metrics(cfg.metrics)
-    require(cfg.detector != "area8" or "is" not in cfg.metrics, "--metrics: is needs another --detector")
 
     share = cfg.batch_size // world
     size = math.gcd(cfg.batch_gpu, share)  # of a pass
@@ -2298,6 +2343,8 @@ def validate(cfg, world):
 
 def resolve(given):
     """The options given -> Config, and the state to go on from or None. What is not given stays as it was."""
+    if given.get("data", "shapes") not in DATA_PRESETS:
+        given = {**given, "data": os.path.realpath(given["data"])}
     out = Path(given.get("out") or Path("runs", Path(given.get("data", "shapes")).resolve().stem))
     resume = given.get("resume", "")
     if not resume or resume == "auto" and not checkpoints(out):
@@ -2310,7 +2357,9 @@ def resolve(given):
         raise UserError(f"--preset {cfg.preset}: {path} is of {saved.preset}; start a new run")
     if Path(cfg.out, "config.json").exists() and not path.parent.samefile(cfg.out):
         raise UserError(f"--out {cfg.out}: holds another run than {path}; name another folder")
-    say(f"going on with {path}")
+    if os.path.realpath(cfg.data) != os.path.realpath(saved.data) and "out" not in given:
+        raise UserError(f"--data {cfg.data}: {path} is of {saved.data}; name another --out, or this one anew")
+    say(f"going on with {path}, on {cfg.data}")
     return cfg, state
 
 

@@ -152,20 +152,12 @@ def load_leres(path):
     own = model.state_dict()
     missing = [name for name in own if getattr(state.get(name), "shape", None) != own[name].shape]
     unexpected = [name for name in state if name not in own]
-    problems = []
-    if missing:
-        problems.append(f"{len(missing)} missing or of another shape, the first is {missing[0]}")
-    if unexpected:
-        problems.append(f"{len(unexpected)} unexpected, the first is {unexpected[0]}")
-    if problems:
-        raise tdgp.UserError(f"--weights {path}: not the parameters of LeReS: {'; '.join(problems)}")
+    if missing or unexpected:
+        what = f"{len(missing)} missing or of another shape, {len(unexpected)} unexpected"
+        first = (missing + unexpected)[0]
+        raise tdgp.UserError(f"--weights {path}: not the parameters of LeReS: {what}, the first is {first}")
     model.load_state_dict(state)
     return model.eval().requires_grad_(False)
-
-
-def file_sha256(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def download(url, path, sha256):
@@ -189,7 +181,7 @@ def download(url, path, sha256):
             hint = "fetch it in another way and name it with --weights FILE"
             raise tdgp.UserError(f"cannot download {url} ({e}); {hint}") from None
 
-    if file_sha256(part) != sha256:
+    if hashlib.sha256(part.read_bytes()).hexdigest() != sha256:
         part.unlink()
         raise tdgp.UserError(f"{url}: not the expected file (SHA-256); try again, or use --weights FILE")
     os.replace(part, path)
@@ -217,14 +209,6 @@ class Work:
         self.cfg = cfg
         self.folder = folder
         try:
-            members = zipfile.ZipFile(cfg.source).namelist()
-        except Exception:  # a folder, or a damaged zip, of which ImageData tells
-            members = []
-        for name in members:
-            if Path(name).is_absolute() or ".." in Path(name).parts:
-                raise tdgp.UserError(f"{cfg.source}: a member leads out of the archive: {name}")
-
-        try:
             self.data = tdgp.ImageData(tdgp.Config(resolution=cfg.resolution, depth="none"), cfg.source)
             "".join(self.data.names).encode()
         except tdgp.UserError as e:
@@ -234,6 +218,9 @@ class Work:
 
         self.names = self.data.names
         self.labels = self.data.labels if self.data.num_classes else np.zeros(len(self.names), np.int64)
+        if cfg.depth_from:
+            found = Path(cfg.depth_from).rglob("*")
+            self.maps = tdgp.Names({path.relative_to(cfg.depth_from).as_posix(): path for path in found})
         self.taken = {"all"}  # all_depth.png is the contact sheet
         self.outputs = [self.output_name(name) for name in self.names]
 
@@ -252,7 +239,7 @@ class Work:
         """Where these images and their depth go: image, depth, image, depth, ..."""
         paths = []
         for i in indices:
-            paths += [self.folder / self.outputs[i], self.folder / tdgp.depth_name(self.outputs[i])]
+            paths += [self.folder / self.outputs[i], self.folder / f"{tdgp.depth_name(self.outputs[i])}.png"]
         return paths
 
     def open(self, i):
@@ -287,27 +274,38 @@ class Work:
 
     def ready_depth(self, i, size):
         """The ready map of photograph i, whose size is (w, h), cut as the photograph is. -> (R, R)"""
-        depth = PIL.Image.fromarray(self.read_map(self.names[i]))
-
-        # The photograph's largest centred square; the map may have another size.
-        share = min(size) / np.array(size)  # of its width and height
-        low = (1 - share) / 2 * depth.size
-        high = (1 + share) / 2 * depth.size
-        size = (self.cfg.resolution, self.cfg.resolution)
-        depth = np.asarray(depth.resize(size, PIL.Image.BILINEAR, box=(*low, *high)))
-        return 1 / np.maximum(depth, 0.01 * depth.max()) if self.cfg.invert else depth
+        depth = self.read_map(self.names[i])  # (H, W)
+        known = np.isfinite(depth) & ((depth > 0) | (not self.cfg.invert))
+        if known.mean() < 0.1 or not depth.any():
+            raise ValueError("less than a tenth of its map is measured")
+        if self.cfg.invert:  # what was not measured is far; nothing is farther than 10 times the nearest
+            depth = 1 / np.where(known, depth, depth[known].min()).clip(min=0.1 * depth[known].max())
+        else:
+            depth = fill_holes(depth, known)
+        return tdgp.fit_depth(depth, size, self.cfg.resolution)
 
     def read_map(self, name):
-        """-> float32 (H, W)"""
-        stem = Path(self.cfg.depth_from) / Path(name).with_suffix("")
-        for end in ("_depth.png", ".npy", ".png"):
-            path = stem.with_name(stem.name + end)
-            if path.exists() and path.resolve() != (self.data.source / name).resolve():
-                depth = np.load(path).squeeze() if end == ".npy" else tdgp.read_depth(path.read_bytes())
+        """-> float32 (H, W), NaN where nothing was measured"""
+        stem = os.path.splitext(name)[0]
+        for end in ("_depth.png", "_depth.npy", ".npy", ".png", "_depth.tiff", "_depth.tif", ".tiff", ".tif"):
+            path = self.maps[stem + end]
+            if path and path.resolve() != (self.data.source / name).resolve():
+                depth = np.load(path).squeeze() if "npy" in end else tdgp.read_depth(path.read_bytes())
                 if depth.ndim != 2 or depth.size == 0:
                     raise ValueError(f"{path} is no map: its shape is {depth.shape}")
-                return depth.astype(np.float32)
-        raise FileNotFoundError(f"no depth: {stem}.png, {stem.name}_depth.png or {stem.name}.npy")
+                return tdgp.mark_holes(depth)
+        raise FileNotFoundError(f"no depth: neither {stem}.png, nor _depth.png, nor .npy")
+
+
+def fill_holes(depth, known):
+    """Where a map (H, W) is not known, the mean of what is around, from as near as there is. -> (H, W)"""
+    if known.all():
+        return depth
+    both = torch.from_numpy(np.stack([np.where(known, depth, 0), known]).astype(np.float32))  # (2, H, W)
+    value, share = F.avg_pool2d(both, 2, ceil_mode=True).numpy()
+    coarse = fill_holes(value / np.maximum(share, 1e-6), share > 0)
+    coarse = PIL.Image.fromarray(coarse).resize(depth.shape[::-1], PIL.Image.BILINEAR)
+    return np.where(known, depth, coarse).astype(np.float32)
 
 
 WORK = None  # in worker processes: the photographs
@@ -361,8 +359,8 @@ class Prepare:
     target: str
     resolution: int = tdgp.opt(256, "side of the images")
     weights: str = tdgp.opt("", "LeReS checkpoint (empty: downloaded once)")
-    depth_from: str = tdgp.opt("", "folder of ready maps in LeReS's place: PNG or .npy, upright, by name")
-    invert: bool = tdgp.opt(False, "the ready maps are disparity: take 1 / map")
+    depth_from: str = tdgp.opt("", "folder of ready maps in LeReS's place: PNG, TIFF, .npy; holes are filled")
+    invert: bool = tdgp.opt(False, "the ready maps are disparity: take 1 / map; 0 is far")
     keep: float = tdgp.opt(1.0, "share of each class to keep: the most typical images")
     keep_model: str = tdgp.opt("resnet50", "timm model whose features tell what is typical")
     keep_weights: str = tdgp.opt("", "local file with its weights (empty: timm downloads them)")
@@ -447,12 +445,13 @@ def claim(job, weights):
     for name in ("target", "workers", "device"):
         del recipe[name]
     recipe["source"] = str(Path(job.cfg.source).resolve())
-    recipe["weights"] = file_sha256(weights) if weights else ""
+    recipe["weights"] = hashlib.sha256(weights.read_bytes()).hexdigest() if weights else ""
     recipe["depth_from"] = str(Path(job.cfg.depth_from).resolve()) if job.cfg.depth_from else ""
 
     if job.rank == 0 and not job.note.exists():
         job.folder.mkdir(parents=True, exist_ok=True)
-        if set(os.listdir(job.folder)) - {"skipped.txt"}:  # that of an attempt in which nothing was usable
+        files = {path.name for path in job.folder.rglob("*") if path.is_file()}
+        if files - {"skipped.txt"}:  # that of an attempt in which nothing was usable
             raise tdgp.UserError(f"{job.folder}: has files that are not of this program; name another target")
         write_text(job.note, json.dumps(recipe, indent=1))
     wait_for([job.note])

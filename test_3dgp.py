@@ -6,6 +6,7 @@ Nothing is downloaded. Three kinds of tests are skipped where what they need is 
 - tests that take minutes: set SLOW_TESTS=1.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -579,13 +580,306 @@ def test_data_workers_that_hang_or_die_are_an_error(tmp_path, monkeypatch, reads
         worker.kill()
 
 
-def test_pictures_of_too_many_pixels_are_skipped(tmp_path):
+def test_photographs_are_as_large_as_memory_holds(tmp_path, monkeypatch, capsys):
     root = make_folder(tmp_path / "a", each=2)
-    PIL.Image.new("1", (20_000, 20_000)).save(root / "cat" / "bomb.png")  # a small file
+    PIL.Image.new("1", (20_000, 10_000), 1).save(root / "cat" / "large.png")  # 200 megapixels, a small file
     data = data_of(root, depth="none")
-    i = data.names.index("cat/bomb.png")
+    i = data.names.index("cat/large.png")
+    assert (data[i]["image"] == 255).all()
+
+    # On a machine of a gigabyte the next one stands in, and a line says why.
+    monkeypatch.setattr(m, "MEMORY", 2**30)
     assert torch.equal(data[i]["image"], data[i + 1]["image"])
-    assert data.unreadable == {"cat/bomb.png"}
+    assert (
+        "large.png (20000 x 10000 pixels are more than this machine's memory holds)"
+        in capsys.readouterr().err
+    )
+
+
+# What users' files are like. Each test is of a fault that was met, and of others of its kind.
+
+
+def test_archives_of_windows_have_folders(tmp_path):
+    root = make_folder(tmp_path / "a", each=2, depth=True)
+    with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
+        for file in sorted(root.rglob("*.*")):
+            archive.write(file, str(file.relative_to(root)).replace("/", "\\"))
+    data = data_of(tmp_path / "b.zip")
+    folder = data_of(root)
+    assert data.num_classes == 2
+    assert data.names == folder.names
+    assert torch.equal(data[3]["depth"], folder[3]["depth"])
+
+    # And what a list of classes says.
+    labels = [[f"cat\\{i}.jpg", i + 3] for i in range(2)] + [[f"dog\\{i}.jpg", 0] for i in range(2)]
+    (root / "dataset.json").write_text(json.dumps({"labels": labels}))
+    assert data_of(root).labels.tolist() == [3, 4, 0, 0]
+
+
+@pytest.mark.parametrize("letters", [str.upper, str.title])
+def test_names_are_matched_in_any_letter_case(tmp_path, letters):
+    root = make_folder(tmp_path / "a", each=2, depth=True)
+    expected = data_of(root)
+    for path in [*root.rglob("0_depth.png")]:
+        path.rename(path.with_name(letters(path.name)))
+    labels = [[letters(name), 5] for name in expected.names]
+    (root / letters("dataset.json")).write_text(json.dumps({"labels": labels}))
+    data = data_of(root)
+    assert data.names == expected.names
+    assert data.labels.tolist() == [5] * 4
+    assert torch.equal(data[0]["depth"], expected[0]["depth"])
+
+
+def test_names_that_differ_in_letter_case_alone_keep_their_depth(tmp_path):
+    ramp = np.tile(np.linspace(0, 255, 40).astype(np.uint8), (30, 1))
+    for name, depth in (("a", ramp), ("A", ramp[:, ::-1])):
+        photo().save(tmp_path / f"{name}.jpg")
+        PIL.Image.fromarray(depth).save(tmp_path / f"{name}_depth.png")
+    if len(list(tmp_path.iterdir())) < 4:
+        pytest.skip("this file system knows no letter case")
+    data = data_of(tmp_path)
+    assert data.names == ["A.jpg", "a.jpg"]
+    assert data[0]["depth"][0, 0].diff().max() < 0 < data[1]["depth"][0, 0].diff().min()
+
+
+@pytest.mark.parametrize("end", [".tif", ".webp", ".PNG"])
+def test_a_map_of_another_format_is_no_photograph(tmp_path, end):
+    root = make_folder(tmp_path / "a", each=2)
+    for path in [*root.rglob("*.jpg")]:
+        PIL.Image.linear_gradient("L").rotate(90).save(
+            path.with_name(f"{path.stem}_depth{end}"), lossless=True
+        )
+    data = data_of(root)
+    assert len(data) == 4
+    assert data.has_depth
+    assert (data[0]["depth"][0, 0].diff() > 0).all()
+
+
+def test_what_pillow_opens_is_read_and_a_line_tells_of_the_rest(tmp_path, capsys):
+    endings = ("avif", "jfif", "JPEG", "tga", "ppm", "jp2", "ico", "qoi")
+    for end in endings:
+        photo((32, 32)).save(tmp_path / f"{end}.{end}")
+    for name in ("a.heic", "b.HEIC", "c.txt", "d", "e.pdf", ".hidden", "Thumbs.db", "dataset.json.bak"):
+        (tmp_path / name).write_bytes(b"")
+    data = data_of(tmp_path, depth="none")
+    assert sorted(data.names) == sorted(f"{end}.{end}" for end in endings)
+    for i in range(len(data)):
+        data[i]
+    assert not data.unreadable
+
+    said = [line for line in capsys.readouterr().out.splitlines() if "not read" in line]
+    assert len(said) == 1
+    assert eval(said[0].split("by ending: ")[1]) == {
+        ".heic": 1, ".HEIC": 1, ".txt": 1, "": 1, ".pdf": 1, ".db": 1, ".bak": 1,
+    }  # fmt: skip
+    data_of(make_folder(tmp_path / "plain"), depth="none")
+    assert "not read" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", [(30, 40), (60, 80), (50, 51)])
+def test_a_map_that_lies_on_its_side_is_refused(tmp_path, capsys, size):
+    photo((40, 30)).save(tmp_path / "0.jpg")
+    photo((40, 30)).save(tmp_path / "1.jpg")
+    PIL.Image.linear_gradient("L").resize((40, 30)).save(tmp_path / "1_depth.png")
+    PIL.Image.linear_gradient("L").resize(size).save(tmp_path / "0_depth.png")
+    data = data_of(tmp_path)
+    data[0]
+    slight = size == (50, 51)
+    assert data.unreadable == (set() if slight else {"0.jpg"})
+    if not slight:
+        assert f"0.jpg (the picture is 40 x 30, its depth {size[0]} x {size[1]})" in capsys.readouterr().err
+
+    # As where the maps are prepared.
+    out = tmp_path / "out"
+    assert prepare(tmp_path, out, "--depth-from", tmp_path, "--resolution", 16) == 0
+    assert (out / "skipped.txt").read_text().startswith("0.jpg\t") != slight
+
+
+@pytest.mark.parametrize("size", [(64, 48), (38, 38), (128, 96), (20, 30)])
+def test_a_map_is_cut_as_its_picture_whatever_its_size(tmp_path, size):
+    """The picture is twice as wide as high; its middle half is in the square. One rule in both programs."""
+    photo((64, 32)).save(tmp_path / "0.jpg")
+    if size[0] < size[1]:
+        size = size[::-1]
+    across = np.tile(np.linspace(0, 65535, size[0]), (size[1], 1)).astype(np.uint16)
+    across[:, : size[0] // 5] = 0  # is not seen
+    PIL.Image.fromarray(across).save(tmp_path / "0_depth.png")
+    seen = data_of(tmp_path)[0]["depth"][0, 8]
+    assert torch.allclose(seen, torch.linspace(-1, 1, 16), atol=0.1)
+
+    out = tmp_path / "out"
+    assert prepare(tmp_path, out, "--depth-from", tmp_path, "--resolution", 16) == 0
+    assert torch.allclose(data_of(out)[0]["depth"][0, 8], seen, atol=1e-3)
+
+
+def test_a_map_is_turned_as_its_own_file_says(tmp_path):
+    exif = photo().getexif()
+    exif[0x0112] = 3  # upside down
+    photo((40, 30)).save(tmp_path / "0.jpg", exif=exif)
+    gradient = PIL.Image.linear_gradient("L").rotate(90).resize((40, 30))
+    gradient.save(tmp_path / "0_depth.png", exif=exif)
+    assert (data_of(tmp_path)[0]["depth"][0, 8].diff() < 0).all()
+
+
+def test_a_map_in_any_colour_is_refused():
+    gray = np.tile(np.arange(40, dtype=np.uint8), (30, 1))
+    for channel in range(3):
+        content = io.BytesIO()
+        colors = np.stack([gray] * 3, 2)
+        colors[..., channel] = 9
+        PIL.Image.fromarray(colors).save(content, "PNG")
+        with pytest.raises(ValueError, match="it has colours"):
+            m.read_depth(content.getvalue())
+
+
+def test_a_list_of_classes_may_lie_above_the_pictures(tmp_path):
+    root = make_folder(tmp_path / "a" / "b", each=2)
+    names = [f"b/{name}" for name in data_of(root, depth="none").names]
+    (tmp_path / "a" / "dataset.json").write_text(json.dumps({"labels": [[name, 9] for name in names]}))
+    assert data_of(tmp_path / "a", depth="none").labels.tolist() == [9] * 4
+    assert data_of(tmp_path, depth="none").labels.tolist() == [9] * 4
+
+
+def test_runs_within_the_data_are_not_data(tmp_path, capsys):
+    root = make_folder(tmp_path / "a", each=4)
+    train_micro(root / "runs" / "a", data=root, depth="none", kimg=0.016)
+    assert len(data_of(root, depth="none")) == 8
+    capsys.readouterr()
+
+    # Maps that belong to no picture are among what is not read.
+    PIL.Image.linear_gradient("L").save(root / "cat" / "9_depth.png")
+    data_of(root, depth="none")
+    assert "not read, by ending: {'.png': 1}" in capsys.readouterr().out
+
+
+def test_a_start_that_failed_is_no_run(tmp_path, capsys):
+    root = tmp_path / "a"
+    root.mkdir()
+    (root / "0.jpg").write_text("not a picture")
+    argv = ("--data", root, "--depth", "none", "--out", tmp_path / "run", *flags(**MICRO, kimg=0.016))
+    assert run_main(capsys, *argv)[0] == 2
+    photo().save(root / "0.jpg")
+    assert run_main(capsys, *argv)[0] == 0
+
+
+def test_pictures_of_floats_are_refused(tmp_path, capsys):
+    root = make_folder(tmp_path / "a", each=2)
+    ramp = np.linspace(0, 1, 40, dtype=np.float32)
+    PIL.Image.fromarray(np.tile(ramp, (30, 1))).save(root / "cat" / "0.tif")
+    data = data_of(root, depth="none")
+    i = data.names.index("cat/0.tif")
+    assert torch.equal(data[i]["image"], data[i + 1]["image"])
+    assert "cat/0.tif (floats" in capsys.readouterr().err
+
+
+def sensor_map(kind):
+    """A slope from 800 to 4000 mm with a hole of zeros in it, (60, 80); which pixels it has; the slope"""
+    slope = np.tile(np.linspace(800, 4000, 80), (60, 1))
+    if kind == np.uint8:
+        slope = slope / 16
+    hole = np.zeros((60, 80), bool)
+    hole[20:40, 30:50] = hole[:, -3:] = True
+    return np.where(hole, 0, slope).astype(kind), ~hole, slope
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+def test_what_a_sensor_did_not_measure_is_filled_from_around(tmp_path, capsys, kind):
+    values, known, slope = sensor_map(kind)
+    photo((80, 60)).save(tmp_path / "0.jpg")
+    photo((80, 60)).save(tmp_path / "1.jpg")
+    PIL.Image.fromarray(values).save(tmp_path / "0_depth.png")
+    PIL.Image.linear_gradient("L").resize((80, 60)).save(tmp_path / "1_depth.png")  # 0 is a value of its own
+
+    # Read beside its picture it is named, and the way out.
+    data = data_of(tmp_path)
+    assert torch.equal(data[0]["depth"], data[1]["depth"])
+    assert "0.jpg (its depth has holes; lereS_depth.py --depth-from" in capsys.readouterr().err
+
+    out = tmp_path / "out"
+    assert prepare(tmp_path, out, "--depth-from", tmp_path, "--resolution", 32) == 0
+    row = m.read_depth((out / "0_depth.png").read_bytes())[16] / 65535
+    assert np.abs(row - np.linspace(0, 1, 32)).max() < 0.12
+    assert np.diff(row).min() > -0.02
+
+    filled = L.fill_holes(np.where(known, slope, np.nan), known)
+    assert np.array_equal(filled[known], slope[known].astype(np.float32))
+    assert np.abs(filled - slope).max() < 400
+
+
+@pytest.mark.parametrize("kind", ["one hole", "a far point", "npy"])
+def test_holes_of_other_kinds_are_found(tmp_path, kind):
+    values, known, slope = sensor_map(np.uint16)
+    if kind == "one hole":
+        known[:] = True
+        known[30, 40] = False
+        values = np.where(known, slope, 0).astype(np.uint16)
+    if kind == "a far point":
+        values[0, 0] = 60_000
+    (tmp_path / "maps").mkdir()
+    (tmp_path / "photos").mkdir()
+    photo((80, 60)).save(tmp_path / "photos" / "0.jpg")
+    if kind == "npy":
+        np.save(tmp_path / "maps" / "0.npy", values / 1000)
+    else:
+        PIL.Image.fromarray(values).save(tmp_path / "maps" / "0.png")
+        assert np.array_equal(np.isnan(m.read_depth((tmp_path / "maps" / "0.png").read_bytes())), ~known)
+    out = tmp_path / "out"
+    assert prepare(tmp_path / "photos", out, "--depth-from", tmp_path / "maps", "--resolution", 32) == 0
+    row = m.read_depth((out / "0_depth.png").read_bytes())[16] / 65535
+    assert np.diff(row).min() > -0.02
+
+
+@pytest.mark.parametrize("invert", [False, True])
+@pytest.mark.parametrize("kind", ["zeros", "nan", "few"])
+def test_maps_of_which_nothing_is_measured_are_named(tmp_path, invert, kind):
+    values = np.full((30, 40), np.nan if kind == "nan" else 0.0)
+    if kind == "few":
+        values[3, 3:6] = 7, 8, 9
+    (tmp_path / "photos").mkdir()
+    photo((40, 30)).save(tmp_path / "photos" / "0.jpg")
+    np.save(tmp_path / "0.npy", values)
+    options = ("--depth-from", tmp_path, "--resolution", 16, *["--invert"] * invert)
+    assert prepare(tmp_path / "photos", tmp_path / "out", *options) == 2
+    said = (tmp_path / "out" / "skipped.txt").read_text()
+    assert said == "0.jpg\tValueError: less than a tenth of its map is measured\n"
+
+    # When the map has been mended, the same command goes on.
+    np.save(tmp_path / "0.npy", np.tile(np.linspace(1, 2, 40), (30, 1)))
+    assert prepare(tmp_path / "photos", tmp_path / "out", *options) == 0
+
+
+@pytest.mark.parametrize("levels", [(0, 255), (0, 100, 200), (0, 64, 128, 192, 255)])
+def test_zeros_of_few_levels_are_depth(levels):
+    values = np.repeat(np.array(levels, np.uint8), 16)[None].repeat(40, 0)
+    content = io.BytesIO()
+    PIL.Image.fromarray(values).save(content, "PNG")
+    assert np.array_equal(m.read_depth(content.getvalue()), values)
+
+
+def test_zeros_of_disparity_are_far(tmp_path):
+    disparity = np.tile(np.linspace(100, 400, 60), (40, 1))
+    disparity[:, :10] = 0
+    for folder in ("photos", "maps"):
+        (tmp_path / folder).mkdir()
+    photo((60, 40)).save(tmp_path / "photos" / "0.jpg")
+    PIL.Image.fromarray(disparity.astype(np.uint16)).save(tmp_path / "maps" / "0.PNG")
+    out = tmp_path / "out"
+    options = ("--depth-from", tmp_path / "maps", "--invert", "--resolution", 40)
+    assert prepare(tmp_path / "photos", out, *options) == 0
+    row = m.read_depth((out / "0_depth.png").read_bytes())[20] / 65535  # of the columns 10 to 50
+    depth = 1 / np.linspace(100, 400, 60)[10:50]
+    expected = (depth - depth.min()) / (depth.max() - depth.min())
+    assert np.abs(row - expected)[1:].max() < 0.02
+
+
+@pytest.mark.parametrize("folders", [("rgb", "depth"), ("train", "val"), ("left", "right")])
+def test_a_line_names_the_classes_and_says_what_to_do_if_they_are_none(tmp_path, capsys, folders):
+    data = data_of(make_folder(tmp_path / "a", classes=folders, each=2), depth="none")
+    assert data.num_classes == 2
+    names = ", ".join(sorted(folders))
+    assert f"2 classes: {names} (parts of one set? Give one as --data)" in capsys.readouterr().out
+    data_of(tmp_path / "a" / folders[0], depth="none")
+    assert "classes" not in capsys.readouterr().out
 
 
 def mutate(content, rng):
@@ -1014,6 +1308,20 @@ def test_where_custom_ops_do_not_compile_pytorch_does_the_same(tmp_path):
         assert float(plain) == pytest.approx(value, rel=1e-5)
         assert err.count("custom_ops.cu is not used") == 1, err
         assert len(err.splitlines()) <= 2, err  # the first one says that it compiles
+
+
+@pytest.mark.parametrize("damaged", [True, False])
+def test_a_cache_that_is_damaged_or_cannot_be_written_is_one_warning(tmp_path, monkeypatch, capsys, damaged):
+    cache = tmp_path / "cache"
+    cache.write_bytes(b"\x7fELF, once")  # neither a library nor a folder
+    if damaged:
+        monkeypatch.setattr(m, "compile_custom_ops", lambda device_type: cache)
+    else:
+        monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(cache))
+    assert m.custom_ops.__wrapped__("cpu") is None
+    err = capsys.readouterr().err
+    assert err.count("custom_ops.cu is not used; PyTorch's own operators do the same") == 1
+    assert len(err.splitlines()) <= 2  # the first one says that it compiles
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
@@ -1606,6 +1914,7 @@ def test_frechet_distance_is_the_textbooks(n, dim):
     assert m.frechet_distance(m.gaussian(x), m.gaussian(y)) == pytest.approx(expected, rel=1e-3)
 
 
+@with_tools
 @pytest.mark.parametrize("n, dim", [(300, 8), (20, 32)])
 def test_inception_score_is_the_textbooks(n, dim):
     """The exponential of the mean divergence from the mean, averaged over 10 parts."""
@@ -1615,7 +1924,7 @@ def test_inception_score_is_the_textbooks(n, dim):
     for part in np.array_split(p, 10):
         divergence = (part * np.log(part / part.mean(0))).sum(1)
         scores.append(np.exp(divergence.mean()))
-    assert m.inception_score(torch.from_numpy(p)) == pytest.approx(np.mean(scores), rel=1e-3)
+    assert tool("evaluate").inception_score(torch.from_numpy(p)) == pytest.approx(np.mean(scores), rel=1e-3)
 
 
 def test_non_flatness_ends():
@@ -2287,6 +2596,78 @@ def test_resuming_is_no_way_round_a_mistake(tmp_path, capsys):
     assert files == {path: path.stat().st_mtime_ns for path in out.iterdir()}
 
 
+def test_a_run_goes_on_with_its_own_data_alone(tmp_path, capsys, monkeypatch):
+    """Paths that read alike may be of other folders, and those that do not of the same."""
+    for name in ("a", "b"):
+        make_folder(tmp_path / name / "photos", each=2)
+    monkeypatch.chdir(tmp_path / "a")
+    options = [*flags(**MICRO, kimg=0.016), "--depth", "none"]
+    assert m.main(["--data", "photos", "--out", str(tmp_path / "runs" / "photos"), *options]) == 0
+    config = tmp_path / "runs" / "photos" / "config.json"
+    assert json.loads(config.read_text())["data"] == str(tmp_path / "a" / "photos")
+
+    # The folder of a run is named by the data.
+    monkeypatch.chdir(tmp_path)
+    before = config.read_text()
+    status, err = run_main(capsys, "--data", "b/photos", "--resume", "auto", *options)
+    assert status == 2
+    assert f"--data {tmp_path}/b/photos: " in err
+    assert f"is of {tmp_path}/a/photos" in err
+    assert config.read_text() == before
+
+    again = ["--resume", "auto", "--kimg", "0.032"]
+    assert m.main(["--data", "b/../a/photos", *again]) == 0
+    said = capsys.readouterr().out
+    assert f"going on with runs/photos/checkpoint-000000.016.pt, on {tmp_path}/a/photos" in said
+    assert (
+        m.main(["--data", "b/photos", "--out", "runs/photos", "--resume", "latest", "--kimg", "0.048"]) == 0
+    )
+
+
+def test_of_runs_that_begin_at_the_same_moment_one_gets_the_folder(tmp_path, capsys):
+    given = dict(MICRO, out=str(tmp_path / "run"), kimg=0.016)
+    (first, _), (second, _) = m.resolve(given), m.resolve(given)
+    m.train(first)
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
+    assert m.run_program("3dgp.py", lambda: m.train(second)) == 2
+    assert "File exists" in capsys.readouterr().err
+    assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_before_the_first_batch_a_signal_ends_the_program_at_once(tmp_path, signum):
+    """Where shared memory is too small for what data workers send, for example."""
+    code = "import importlib, sys, time; m = importlib.import_module('3dgp')"
+    code += "; m.MirroredData.__getitem__ = lambda *_: (print('waits', flush=True), time.sleep(100))"
+    code += "; sys.exit(m.main())"
+    argv = flags(**{**MICRO, "workers": 1}, out=tmp_path / "run")
+    how = dict(cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen([sys.executable, "-c", code, *argv], start_new_session=True, **how)
+    while "waits" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signum)
+    assert process.wait(timeout=20) != 0
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # the worker sleeps
+
+
+def test_data_workers_that_fail_name_the_usual_cause(tmp_path, monkeypatch):
+    data = data_of(make_folder(tmp_path / "a"), depth="none")
+    monkeypatch.setattr(m.ImageData, "decode", dies)
+    with pytest.raises(m.UserError, match="shared memory, /dev/shm, small.*--workers 0"):
+        next(m.load_batches(data, micro(workers=1, timeout=2.0), [range(4)]))
+
+
+def test_a_metric_of_too_few_images_is_no_divergence_and_says_why(tmp_path, capsys):
+    root = make_folder(tmp_path / "a", classes=("cat",), each=1)
+    options = dict(data=root, depth="none", kimg=0.032, metrics="fid8", detector="area8")
+    out = train_micro(tmp_path / "run", "--no-mirror", **options)
+    captured = capsys.readouterr()
+    assert "fid8[area8] nan: too few images" in captured.err + captured.out
+    assert "diverged" not in captured.err
+    assert checkpoint(out)["step"] == 2
+
+
 def start_two(out, **options):
     """Two training processes of one run."""
     with socket.socket() as s:
@@ -2682,8 +3063,8 @@ BAD_INPUT = [
     (["--resume", "missing.pt"], "missing.pt: no such file"),
     (["--resume", "latest", "--out", "EMPTY"], "no checkpoint"),
     (["--resume", "GARBAGE"], "not a readable"),
-    (["--metrics", "fid50x"], "--metrics fid50x: must be fid, is or nfs"),
-    (["--metrics", "is2k"], "is needs another --detector"),
+    (["--metrics", "fid50x"], "--metrics fid50x: must be fid or nfs, a number"),
+    (["--metrics", "is2k"], "--metrics is2k: must be fid or nfs"),
     (["--detector", "GARBAGE"], "not TorchScript in the field's format"),
     (["--detector", "nowhere.pt"], "nowhere.pt is not there"),
 ]
@@ -2718,6 +3099,15 @@ def test_what_a_terminal_cannot_show_is_replaced(encoding):
     done = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": encoding}, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert f"published ones at 256{'²' if encoding == 'utf-8' else '?'};" in done.stdout.decode(encoding)
+
+
+def test_systems_without_some_signals_are_served():
+    """As Windows, where the module, at least, can be imported."""
+    gone = "del signal.SIGUSR1, signal.SIGCHLD, os.sysconf"
+    code = f"import importlib, os, signal, torch; {gone}; m = importlib.import_module('3dgp')"
+    code += "; assert len(m.STOP_SIGNALS) == 2"
+    code += "; list(m.load_batches([dict(image=torch.ones(1))], m.Config(workers=0), [[0]]))"
+    subprocess.run([sys.executable, "-c", code], cwd=HERE, check=True)
 
 
 def test_no_gpu_when_asked_for_one(tmp_path, capsys, monkeypatch):
@@ -2841,7 +3231,7 @@ def test_a_checkpoint_of_another_network_names_what_is_wrong(tmp_path, capsys, l
     assert prepare(root, tmp_path / "out", "--weights", tmp_path / "other.pth") == 2
     err = capsys.readouterr().err
     assert "the first is decoder_modules.conv1.bias" in err
-    assert "1 unexpected, the first is extra" in err
+    assert "1 missing or of another shape, 1 unexpected" in err
     assert err.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
@@ -2933,13 +3323,25 @@ def test_all_that_can_be_read_is_prepared(tmp_path, weights):
     assert np.abs(turned.numpy() - np.asarray(upright).mean(-1)).mean() < 4
 
 
-@pytest.mark.parametrize("name", ["../evil.png", "/evil.png"])
+@pytest.mark.parametrize("name", ["../evil.png", "a/../../evil.png", "..\\evil.png"])
 def test_archives_that_lead_out_are_refused(tmp_path, capsys, weights, name):
     with zipfile.ZipFile(tmp_path / "bad.zip", "w") as z:
         z.writestr(name, b"")
     assert prepare(tmp_path / "bad.zip", tmp_path / "out", "--weights", weights) == 2
-    assert name in capsys.readouterr().err
+    assert "no images" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["/a/b.png", "./a/b.png", "//a/./b.png", "a\\b.png"])
+def test_odd_names_of_members_stay_within(tmp_path, weights, name):
+    content = io.BytesIO()
+    photo().save(content, "PNG")
+    with zipfile.ZipFile(tmp_path / "odd.zip", "w") as z:
+        z.writestr(name, content.getvalue())
+        z.writestr("./dataset.json", '{"labels": [["a/b.png", 4]]}')
+    assert prepare(tmp_path / "odd.zip", tmp_path / "out", "--resolution", 16, "--weights", weights) == 0
+    assert data_of(tmp_path / "out").labels.tolist() == [4]
+    assert data_of(tmp_path / "out").names == ["a/b.png"]
 
 
 def start_preparation(rank, *argv):
@@ -3185,7 +3587,7 @@ def test_tools_refuse_damaged_or_foreign_checkpoints_in_one_line(bad_checkpoints
 
 
 @with_tools
-@pytest.mark.parametrize("metrics, message", [("", "is empty"), ("fid50x", ": must be fid, kid")])
+@pytest.mark.parametrize("metrics, message", [("", "is empty"), ("fid50x", ": must be fid or kid or is")])
 def test_evaluate_needs_a_metric(run, capsys, metrics, message):
     options = ("--metrics", metrics, "--detector", "area8")
     status, err = run_tool(capsys, "evaluate", "--resume", run, *options)
@@ -3249,6 +3651,48 @@ def test_sample_writes_one_picture_and_animation_of_each(run, tmp_path):
     assert not (tmp_path / "grid.png").exists()
     with PIL.Image.open(tmp_path / "class0001-seed0005.png") as single:
         assert single.size == (96, 96)
+
+
+@with_tools
+def test_a_sample_that_fails_is_named_and_the_others_are_made(run, tmp_path, capsys, monkeypatch):
+    sample = tool("sample")
+    calls = []
+
+    def extract_mesh(*_):
+        calls.append(1)
+        if len(calls) == 2:
+            raise ValueError("--mesh-level 10: must lie between 0 and the largest density, 3")
+        return np.zeros((3, 3)), np.zeros((3, 3)), np.array([[0, 1, 2]])
+
+    monkeypatch.setattr(sample, "extract_mesh", extract_mesh)
+    with pytest.raises(SystemExit) as end:
+        sample.main([*flags(resume=run, out=tmp_path, classes="0", seeds="0-2"), "--mesh", "--points"])
+    assert end.value.code == 1
+    assert "sample.py: class0000-seed0001: --mesh-level 10" in capsys.readouterr().err
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"grid.png", *(f"class0000-seed000{k}-points.ply" for k in range(3))} | {
+        f"class0000-seed000{k}-mesh.ply" for k in (0, 2)
+    }
+
+
+@with_tools
+def test_films_of_odd_sizes_are_padded(tmp_path):
+    if not shutil.which("ffmpeg"):
+        pytest.skip("ffmpeg is not installed")
+    frames = [np.zeros((97, 131, 3), np.uint8)] * 3
+    tool("sample").write_animation([frames], 1, tmp_path / "film", 25.0)
+    assert (tmp_path / "film.mp4").stat().st_size > 0
+
+
+@with_tools
+def test_metrics_of_too_few_images_are_one_line(run, tmp_path, capsys):
+    root = make_folder(tmp_path / "a", classes=[f"c{k}" for k in range(8)], each=1, depth=True)
+    for metrics in ("fid8", "kid8", "pr8"):
+        options = ("--resume", run, "--data", root, "--detector", "area8", "--reals", 3, "--metrics", metrics)
+        status, err = run_tool(capsys, "evaluate", *options)
+        assert status == 2
+        assert err.splitlines()[-1].endswith("fid, kid and pr need 4 images of the data, there are 3")
+    assert run_tool(capsys, "evaluate", *options[:-4], "--reals", 4, "--metrics", "fid8,kid8,pr8")[0] == 0
 
 
 @with_tools
@@ -3351,7 +3795,7 @@ def test_mesh_of_a_ball_is_closed_outward_and_renders_to_its_depth():
 @with_tools
 def test_mesh_level_must_be_a_density_that_there_is():
     pytest.importorskip("skimage", reason="scikit-image is not installed")
-    with pytest.raises(m.UserError, match="--mesh-level"):
+    with pytest.raises(ValueError, match="--mesh-level"):
         tool("sample").extract_mesh(*ball(), camera(), 1e6, 32)
 
 
@@ -3441,6 +3885,21 @@ def test_report_is_one_page_that_escapes_what_it_shows(run, tmp_path):
     # What is no number leaves a gap.
     for points in re.findall(r"points='([^']*)'", page):
         assert "nan" not in points
+
+
+@with_tools
+def test_report_of_a_folder_whose_name_no_terminal_shows(run, tmp_path):
+    folder = tmp_path / "größe 猫"
+    shutil.copytree(run, folder)
+    page = tmp_path / "é.html"
+    command = [sys.executable, HERE / "tools" / "report.py", folder, "--out", page]
+    # As where the locale is set, and where it is not; without one Python knows the name by its bytes alone.
+    bare = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for env in (bare, {}):
+        env = {**os.environ, "PYTHONIOENCODING": "ascii", **env}
+        done = subprocess.run(command, env=env, capture_output=True)
+        assert done.returncode == 0, done.stderr
+    assert "größe 猫" in page.read_text(encoding="utf-8")
 
 
 @with_tools

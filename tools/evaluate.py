@@ -6,7 +6,7 @@
     torchrun --nproc_per_node=8 tools/evaluate.py --resume runs/imagenet --metrics fid50k,nfs256
 
 The numbers are printed and appended to metrics.jsonl beside the checkpoint; any number of processes gives the
-same ones. fid, is and nfs are those that training follows, in 3dgp.py; kid and pr are here. On `shapes`,
+same ones. fid and nfs are those that training follows, in 3dgp.py; kid, is and pr are here. On `shapes`,
 whose truth is known, cameras and depth are compared with it, and a small network names the solids it sees.
 Shapes in comments: N reals, M fakes, F features, R resolution.
 """
@@ -23,8 +23,6 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 tdgp = importlib.import_module("3dgp")
-
-KINDS = ("fid", "kid", "is", "pr", "nfs")
 
 
 @dataclasses.dataclass
@@ -46,28 +44,27 @@ def kernel_distance(a, b, subsets=100, size=1000):
     random = torch.Generator().manual_seed(0)
     n = min(size, len(a), len(b))
 
+    def kernel(x, y):
+        return (x @ y.t() / x.shape[1] + 1) ** 3  # (n, n)
+
     total = 0.0
     for _ in range(subsets):
-        x = random_rows(a, n, random)  # (n, F)
-        y = random_rows(b, n, random)  # (n, F)
+        # Drawn on the CPU, so that all devices take the same rows.
+        x, y = (features[torch.randperm(len(features), generator=random)[:n]].double() for features in (a, b))
 
         # The mean over pairs within a set leaves out each row's pair with itself: that makes it unbiased.
-        xx = cubic_kernel(x, x)  # (n, n)
-        yy = cubic_kernel(y, y)  # (n, n)
+        xx = kernel(x, x)
+        yy = kernel(y, y)
         within = (xx.sum() - xx.trace() + yy.sum() - yy.trace()) / (n * (n - 1))
-        total += float(within - 2 * cubic_kernel(x, y).mean())
+        total += float(within - 2 * kernel(x, y).mean())
     return total / subsets
 
 
-def random_rows(features, n, random):
-    """n different rows of features (N, F), in float64; drawn on the CPU, so all devices take the same."""
-    chosen = torch.randperm(len(features), generator=random)[:n]
-    return features[chosen.to(features.device)].double()
-
-
-def cubic_kernel(x, y):
-    """Every row of x (n, F) with every row of y (m, F). -> (n, m)"""
-    return (x @ y.t() / x.shape[1] + 1) ** 3
+def inception_score(p, splits=10):
+    """exp of the mean divergence of class probabilities p (N, K) from their mean; averaged over splits."""
+    parts = p.double().clamp(min=1e-16).tensor_split(min(splits, len(p)))
+    divergences = [(x * (x.log() - x.mean(0).log())).sum(1).mean() for x in parts]
+    return float(sum(x.exp() for x in divergences) / len(parts))
 
 
 def precision_recall(real, fake, k=3):
@@ -101,6 +98,9 @@ def measure(G, data, labels, metrics, detector, reals):
     count_flat = largest(metrics, "nfs")
     count_fake = largest(metrics, "fid", "kid", "is", "pr")
     count_rows = largest(metrics, "kid", "pr")
+    count_real = min(len(data) * (1 + G.cfg.mirror), reals or math.inf)
+    if count_real < 4 and largest(metrics, "fid", "kid", "pr"):
+        raise tdgp.UserError(f"--metrics: fid, kid and pr need 4 images of the data, there are {count_real}")
     fake, flat = tdgp.measure_samples(G, labels, detector, count_fake, count_flat)
     if largest(metrics, "fid"):
         mean, cov = tdgp.running_gaussian(tdgp.real_parts(G.cfg, data, detector, labels.device, reals))
@@ -119,11 +119,10 @@ def measure(G, data, labels, metrics, detector, reals):
         elif kind == "kid":
             found[name] = kernel_distance(real[:n, width], fake[:n, width])
         elif kind == "is":
-            found[name] = tdgp.inception_score(fake[:n, detector.width :])
+            found[name] = inception_score(fake[:n, detector.width :])
         elif kind == "pr":
-            precision, recall = precision_recall(real[:n, width], fake[:n, width])
-            found[f"precision{count}{label}"] = precision
-            found[f"recall{count}{label}"] = recall
+            names = f"precision{count}{label}", f"recall{count}{label}"
+            found.update(zip(names, precision_recall(real[:n, width], fake[:n, width]), strict=True))
         else:
             found[name] = float(flat[:n].mean())
     return found
@@ -152,33 +151,25 @@ def evaluate_truth(G, data, labels, n=512):
 
 def compare_cameras(prior, posterior, true):
     """Prior and posterior Camera of n, true parameters (n, 6) -> {name: list of 6}
-    camera_w1: Wasserstein-1 distance to the true ones, each parameter by itself, in radians or degrees."""
+    camera_w1: Wasserstein-1 distance to the true ones, each parameter by itself, in radians or degrees; yaw
+    and pitch less their means, which are no property of the data: a scene can turn instead."""
     found = {}
     for name, camera in (("posterior", posterior), ("prior", prior)):
-        parameters = tdgp.camera_parameters(camera)  # (n, 6)
-        distance = (sorted_parameters(parameters) - sorted_parameters(true)).abs().mean(0)
-        found[f"camera_w1_{name}"] = distance.tolist()
+        both = torch.stack([tdgp.camera_parameters(camera), true])  # (2, n, 6)
+        both[..., :2] -= both[..., :2].mean(1, keepdim=True)
+        a, b = both.sort(1).values
+        found[f"camera_w1_{name}"] = (a - b).abs().mean(0).tolist()
     return found
-
-
-def sorted_parameters(parameters):
-    """Each parameter in ascending order; yaw and pitch less their means, which are no property of the data: a
-    scene can turn instead. (n, 6) -> (n, 6)"""
-    direction = parameters[:, :2] - parameters[:, :2].mean(0)
-    return torch.cat([direction, parameters[:, 2:]], 1).sort(0).values
 
 
 def render_samples(G, z, c, camera, part=16):
     """`part` samples at a time, which bounds memory. -> rgb (n, 3, R, R), depth (n, 1, R, R)"""
-    images = []
-    depths = []
-    for start in range(0, len(z), part):
-        stop = start + part
-        planes = G.backbone(G.mapping(z[start:stop], c[start:stop]))
-        image, depth = G.render(planes, tdgp.rows(camera, slice(start, stop)), G.cfg.resolution)
-        images.append(image)
-        depths.append(depth)
-    return torch.cat(images), torch.cat(depths)
+    parts = []
+    for i in torch.arange(len(z)).split(part):
+        planes = G.backbone(G.mapping(z[i], c[i]))
+        parts.append(G.render(planes, tdgp.rows(camera, i), G.cfg.resolution))
+    image, depth = zip(*parts, strict=True)
+    return torch.cat(image), torch.cat(depth)
 
 
 def compare_depth(adaptor, image, depth, real, true_depth):
@@ -281,8 +272,22 @@ def train_namer(x, labels, num_classes):
 
 
 # ---- Command line ------------------------------------------------------------------------------------------
+class Detector(tdgp.Detector):
+    """With class probabilities behind the features, of which there are `width`. area8 has none."""
+
+    def __init__(self, name, device):
+        super().__init__(name, device)
+        self.width = super().__call__(torch.zeros(1, 4, 64, 64, device=device)).shape[1]
+
+    def __call__(self, image):
+        parts = [super().__call__(image)]
+        if self.net is not None:
+            parts.append(super().__call__(image, "no_output_bias"))
+        return torch.cat(parts, 1)
+
+
 class TimmDetector:
-    """A timm model in the place of tdgp.Detector: features, then class probabilities."""
+    """The same of a timm model."""
 
     def __init__(self, name, device):
         _, name, weights = f"{name}:".split(":")[:3]
@@ -301,12 +306,13 @@ def open_detector(name, device, kinds):
         return None
     if name == "area8" and "is" in kinds:
         raise tdgp.UserError("--metrics: area8 has no class probabilities for is; take another --detector")
-    return (TimmDetector if name.startswith("timm:") else tdgp.Detector)(name, device)
+    return (TimmDetector if name.startswith("timm:") else Detector)(name, device)
 
 
-def evaluate_checkpoint(options):
-    """Measures the checkpoint options.resume over all processes; the first one prints and writes."""
-    metrics = tdgp.parse_metrics(options.metrics, KINDS)
+def evaluate_checkpoint(given):
+    """Measures a checkpoint over all processes; the first one prints and writes. given: options, a dict"""
+    options = EvaluateOptions(**given)
+    metrics = tdgp.parse_metrics(options.metrics, ("fid", "kid", "is", "pr", "nfs"))
     if not metrics:
         raise tdgp.UserError("--metrics is empty: name what to measure, as in fid50k,nfs256")
     G, path, kimg = tdgp.load_generator(options.resume, options.device)
@@ -316,9 +322,8 @@ def evaluate_checkpoint(options):
     detector = open_detector(options.detector, device, [kind for kind, _, _ in metrics])
     data = tdgp.open_data(G.cfg)
     if G.cfg.num_classes != data.num_classes:
-        raise tdgp.UserError(
-            f"--data {G.cfg.data}: has {data.num_classes} classes, the checkpoint {G.cfg.num_classes}"
-        )
+        classes = f"{data.num_classes} classes, the checkpoint {G.cfg.num_classes}"
+        raise tdgp.UserError(f"--data {G.cfg.data}: has {classes}")
     tdgp.join_processes(device)
 
     labels = torch.from_numpy(data.labels).to(device)
@@ -335,14 +340,10 @@ def evaluate_checkpoint(options):
             print(f"{kimg:g} kimg: {name} {value:.4g}")
 
 
-def run(argv):
-    given = tdgp.parse_options(EvaluateOptions, "evaluate.py", "Metrics of a checkpoint.", argv)
-    evaluate_checkpoint(EvaluateOptions(**given))
-
-
 def main(argv=None):
     """-> exit status. argv: the command line (None: the program's own)"""
-    return tdgp.run_program("evaluate.py", lambda: run(argv))
+    texts = EvaluateOptions, "evaluate.py", "Metrics of a checkpoint.", argv
+    return tdgp.run_program("evaluate.py", lambda: evaluate_checkpoint(tdgp.parse_options(*texts)))
 
 
 if __name__ == "__main__":

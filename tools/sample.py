@@ -86,14 +86,14 @@ def draw_samples(G, classes, seeds, options):
         mean_w = G.mapping(many, c.expand(4096)).mean(0, keepdim=True)
         prior = tdgp.sample_camera_prior(G.cfg, 64, device)
         posterior = G.pose(prior, many[:64], c.expand(64))
-        mean_camera = tdgp.Camera(*(x.mean(0, keepdim=True) for x in posterior))
+        mean_camera = posterior._make(x.mean(0, keepdim=True) for x in posterior)
 
         for seed in seeds:
             # A seed's draws do not depend on the class. Made on the CPU, they are the same on all devices.
             tdgp.seed_draws(seed, -1, "sample", 0)
-            z, _, prior = tdgp.draw_latents(G.cfg, 1, torch.zeros(1, dtype=torch.long))
+            z, _, prior = tdgp.draw_latents(G.cfg, 1, torch.tensor([0]))
             z = z.to(device)
-            prior = tdgp.Camera(*(x.to(device) for x in prior))
+            prior = prior._make(x.to(device) for x in prior)
 
             w = mean_w.lerp(G.mapping(z, c), options.truncation)
             camera = G.pose(prior, z, c)
@@ -104,7 +104,7 @@ def draw_samples(G, classes, seeds, options):
 
 def camera_path(kind, start, n, angle):
     """n cameras of a closed path from `start` (Camera of 1 or n) on, `angle` radians to each side at most."""
-    t = torch.linspace(0, 2 * math.pi, n + 1, device=start.yaw.device)[:-1]
+    t = torch.arange(n, device=start.yaw.device) * (2 * math.pi / n)
     up = (1 - t.cos()) / 2  # from 0 to 1 and back
     yaw = pitch = torch.zeros_like(t)
     fov = torch.ones_like(t)
@@ -122,40 +122,40 @@ def camera_path(kind, start, n, angle):
 
     pitch = (start.pitch + angle * pitch).clamp(0.05, math.pi - 0.05)
     moved = start._replace(yaw=start.yaw + angle * yaw, pitch=pitch, fov=start.fov * fov)
-    return tdgp.Camera(*(x.expand(n) for x in moved))
+    return moved._make(x.expand(n) for x in moved)
 
 
 def write_walk(G, stops, path, options):
     """Animation from sample to sample and back to the first.
     stops (n, w_dim + 6): their w, and the parameters of the mean cameras of their classes"""
-    t = torch.linspace(0, math.pi, options.frames + 1, device=stops.device)[:-1]
+    t = torch.arange(options.frames, device=stops.device) * (math.pi / options.frames)
     shares = (1 - t.cos()) / 2  # of a step; slow at the stops
     way = stops[:, None].lerp(stops.roll(-1, 0)[:, None], shares[:, None])  # (n, frames, w_dim + 6)
 
     ws, parameters = way.flatten(0, 1).split([G.cfg.w_dim, 6], 1)  # (n frames, w_dim), (n frames, 6)
     cameras = camera_path(options.video, tdgp.make_camera(parameters), len(ws), options.angle)
-    frames = []
+    film = []
     for i, w in enumerate(tqdm(ws.split(1), "walk", unit="frame")):
-        views = tdgp.render_views(G, G.backbone(w), tdgp.rows(cameras, [i]), options.resolution, dim=2)
-        frames.append(tdgp.tile(views, 1))
-    write_animation(frames, path, options.fps)
+        film += tdgp.render_views(G, G.backbone(w), tdgp.rows(cameras, [i]), options.resolution, dim=2)
+    write_animation([film], 1, path, options.fps)
 
 
-def write_animation(frames, path, fps):
-    """PIL images -> path.webp, path.gif and, where there is ffmpeg, path.mp4"""
-    first, *rest = frames
+def write_animation(films, columns, path, fps):
+    """Films, lists of as many frames, so many in a row -> path.webp, path.gif and, with ffmpeg, path.mp4"""
+    first, *rest = frames = [tdgp.tile(cells, columns) for cells in zip(*films, strict=True)]
     for kind in ("webp", "gif"):
         with tdgp.atomic(f"{path}.{kind}") as tmp:
             first.save(tmp, kind, save_all=True, append_images=rest, duration=1000 / fps, loop=0, quality=90)
 
     if shutil.which("ffmpeg"):
         source = f"-f rawvideo -pix_fmt rgb24 -s {first.width}x{first.height} -r {fps} -i -"
-        command = f"ffmpeg -y -v error {source} -pix_fmt yuv420p -f mp4"
-        raw = b"".join(frame.tobytes() for frame in frames)
+        even = "pad=ceil(iw/2)*2:ceil(ih/2)*2"  # its sides must be
+        command = f"ffmpeg -y -v error {source} -vf {even} -pix_fmt yuv420p -f mp4"
+        raw = b"".join(map(Image.Image.tobytes, frames))
         with tdgp.atomic(f"{path}.mp4") as tmp:
             done = subprocess.run([*command.split(), tmp], input=raw, capture_output=True)
-            if done.returncode != 0:
-                raise OSError(f"ffmpeg: {done.stderr.decode(errors='replace').strip()}")
+            if done.returncode:
+                raise ValueError(f"ffmpeg: {done.stderr.decode(errors='replace')}")
 
 
 PLY_HEADER = """ply
@@ -189,7 +189,7 @@ def write_ply(path, points, colors, faces=()):
 
 def query(G, planes, points):
     """One scene at points (N, 3) in world units. -> colours (N, 3), densities (N,) per world unit"""
-    fused = G.cfg.fused and tdgp.custom_ops(points.device.type) is not None
+    fused = G.cfg.fused and tdgp.custom_ops(points.device.type)
     rgb, sigma_raw = tdgp.query_triplane(planes, points[None], G.cfg.box, G.decoder, fused)
     return rgb[0], F.softplus(sigma_raw[0])
 
@@ -220,7 +220,7 @@ def extract_mesh(G, planes, camera, level, n):
     density = density_grid(G, planes, camera, n)
     top = density.max()
     if not 0 < level < top:
-        raise tdgp.UserError(f"--mesh-level {level:g}: must lie between 0 and the largest density, {top:.3g}")
+        raise ValueError(f"--mesh-level {level:g}: must lie between 0 and the largest density, {top:.3g}")
     vertices, faces, *_ = marching_cubes(density.numpy(), level, gradient_direction="ascent")
 
     # Marching cubes counts in cells, from the grid's corner.
@@ -234,9 +234,8 @@ def extract_mesh(G, planes, camera, level, n):
 def write_points(s, path):
     """The pixels of a Sample's picture, at their depth, as a point cloud."""
     origins, directions = tdgp.camera_rays(s.camera, s.rgb.shape[-1])  # (1, R, 3)
-    points = origins + directions * s.depth.flatten(2).transpose(1, 2)
-    colors = s.rgb.flatten(2).transpose(1, 2)  # (1, R, 3)
-    write_ply(path, points[0].cpu().numpy(), colors[0].cpu().numpy())
+    points = origins[0] + directions[0] * s.depth.flatten()[:, None]  # (R, 3)
+    write_ply(path, points.cpu().numpy(), s.rgb[0].flatten(1).t().cpu().numpy())
 
 
 def write_depth(depth, path):
@@ -245,15 +244,8 @@ def write_depth(depth, path):
     tdgp.write_image(Image.fromarray(levels.cpu().numpy().astype(np.uint16)), path)
 
 
-def draw_histogram(draw, x, y, values, low, high, color, width):
-    """48 bars of so many pixels, 6 apart, that stand on (x, y); values (N,) between low and high."""
-    shares = values.histc(48, low, high) / len(values)
-    for i, height in enumerate((shares * 1200).clamp(max=140).tolist()):
-        draw.rectangle([x + 6 * i, y - height, x + 6 * i + width, y], color)
-
-
 def write_cameras(G, path, n=16384):
-    """Histograms of each camera parameter over all classes: the prior gray, the posterior blue."""
+    """Histograms of each camera parameter over all classes, of 48 bars: prior gray, posterior blue."""
     labels = torch.arange(max(G.cfg.num_classes, 1), device=next(G.parameters()).device)
     z, c, prior = tdgp.draw_latents(G.cfg, n, labels, "cameras")
     series = (("prior", prior, "#aaaaaa", 5), ("learned", G.pose(prior, z, c), "#2563eb", 3))
@@ -271,37 +263,48 @@ def write_cameras(G, path, n=16384):
         draw.text((x + 288, y + 4), f"{high:.3g}", "black", font, "ra")
         for line, (label, camera, color, width) in enumerate(series):
             p = tdgp.camera_parameters(camera)[:, i].float().cpu()
-            draw_histogram(draw, x, y, p, low, high, color, width)
+            shares = p.histc(48, low, high) / n
+            for k, height in enumerate((shares * 1200).clamp(max=140).tolist()):
+                draw.rectangle([x + 6 * k, y - height, x + 6 * k + width, y], color)
             draw.text((x, y - 182 + 18 * line), f"{label} {p.mean():.3g} ± {p.std():.2g}", color, font)
     tdgp.write_image(image, path)
 
 
 def write_sample(G, s, path, options):
     """The files of one Sample, but for its animation; their names begin with `path`."""
-    near, far = G.cfg.near, G.cfg.far
     if options.each:
         tdgp.write_image(tdgp.tile([tdgp.to_picture(s.rgb[0])], 1), f"{path}.png")
-    if options.mesh:
-        mesh = extract_mesh(G, s.planes, s.camera, options.mesh_level, options.mesh_resolution)
-        write_ply(f"{path}-mesh.ply", *mesh)
     if options.points:
         write_points(s, f"{path}-points.ply")
     if options.depth:
-        write_depth((s.depth - near) / (far - near), f"{path}-depth.png")
-    if options.depth and G.depth_adaptor is not None:
+        write_depth((s.depth - G.cfg.near) / (G.cfg.far - G.cfg.near), f"{path}-depth.png")
+    if options.depth and G.depth_adaptor:
         write_depth((G.depth_adaptor.adapt(s.depth) + 1) / 2, f"{path}-adapted.png")
+    if options.mesh:  # comes last, since it alone may fail
+        mesh = extract_mesh(G, s.planes, s.camera, options.mesh_level, options.mesh_resolution)
+        write_ply(f"{path}-mesh.ply", *mesh)
+
+
+def attempt(failed, name, work, *args):
+    """work(*args). Why one of many cannot be made is said, and its name noted; the others are made."""
+    try:
+        work(*args)
+    except ValueError as e:
+        print(f"sample.py: {name}: {e}", file=sys.stderr)
+        failed.append(name)
 
 
 @torch.no_grad()
-def sample(options):
-    """All that a person wants to look at, from a checkpoint alone."""
+def sample(given):
+    """All that a person wants to look at, from a checkpoint alone. given: options, a dict"""
+    options = SampleOptions(**given)
     too_small = options.resolution < 2 and options.resolution != 0
-    if options.frames < 1 or options.fps < 1 or options.mesh_resolution < 2 or too_small:
-        message = "--frames, --fps: must be 1 or more, --mesh-resolution and --resolution 2 or more"
-        raise tdgp.UserError(message)
+    if too_small or min(options.frames, options.fps, options.mesh_resolution / 2) < 1:
+        what = "--frames, --fps: must be 1 or more, --mesh-resolution and --resolution 2 or more"
+        raise tdgp.UserError(what)
 
     G, path, kimg = tdgp.load_generator(options.resume, options.device)
-    options = dataclasses.replace(options, resolution=options.resolution or G.cfg.resolution)
+    options.resolution = options.resolution or G.cfg.resolution
     seeds = parse_numbers(options.seeds, "--seeds", 2**31)
     count = max(G.cfg.num_classes, 1)
     classes = parse_numbers(options.classes or f"0-{min(8, count) - 1}", "--classes", count)
@@ -309,41 +312,38 @@ def sample(options):
     out.mkdir(parents=True, exist_ok=True)
 
     # Of each sample only what the files of all need is kept.
-    pictures = []
+    pictures, failed = [], []  # of the latter the names
     films = []  # lists of frames, RGB beside depth
     stops = []  # of the walk, (1, w_dim + 6) each
     samples = draw_samples(G, classes, seeds, options)
     for s in tqdm(samples, total=len(classes) * len(seeds), unit="sample"):
-        write_sample(G, s, out / s.name, options)
+        attempt(failed, s.name, write_sample, G, s, out / s.name, options)
         pictures.append(tdgp.to_picture(s.rgb[0]))
         stops.append(torch.cat([s.w, tdgp.camera_parameters(s.mean_camera)], 1))
         if options.video != "none" and not options.interpolate:
             cameras = camera_path(options.video, s.mean_camera, options.frames, options.angle)
-            film = tdgp.render_views(G, s.planes, cameras, options.resolution, dim=2)
-            if options.each:
-                frames = [tdgp.tile([frame], 1) for frame in film]
-                write_animation(frames, out / f"{s.name}-{options.video}", options.fps)
-            else:
-                films.append(film)
+            films.append(tdgp.render_views(G, s.planes, cameras, options.resolution, dim=2))
+        if films and options.each:
+            name = f"{s.name}-{options.video}"
+            attempt(failed, name, write_animation, [films.pop()], 1, out / name, options.fps)
 
     if not options.each:
         tdgp.write_image(tdgp.tile(pictures, len(seeds)), out / "grid.png")
     if films:
-        frames = [tdgp.tile(cells, len(seeds)) for cells in zip(*films, strict=True)]
-        write_animation(frames, out / options.video, options.fps)
+        attempt(failed, options.video, write_animation, films, len(seeds), out / options.video, options.fps)
     if options.interpolate:
-        write_walk(G, torch.cat(stops), out / "walk", options)
+        attempt(failed, "walk", write_walk, G, torch.cat(stops), out / "walk", options)
     if options.cameras:
         write_cameras(G, out / "cameras.png")
     print(f"written to {out}")
+    if failed:
+        sys.exit(1)
 
 
 def main(argv=None):
     """-> exit status"""
     texts = "sample.py", __doc__.splitlines()[0], argv
-    return tdgp.run_program(
-        "sample.py", lambda: sample(SampleOptions(**tdgp.parse_options(SampleOptions, *texts)))
-    )
+    return tdgp.run_program("sample.py", lambda: sample(tdgp.parse_options(SampleOptions, *texts)))
 
 
 if __name__ == "__main__":

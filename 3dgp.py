@@ -52,6 +52,7 @@ import typing
 import zipfile
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from unicodedata import normalize
 
 # Threads that wait for each other spin briefly, then sleep: else one busy process beside stops them all.
 if "OMP_WAIT_POLICY" not in os.environ:
@@ -343,14 +344,14 @@ def to_unit(x):
     return (x - x.min()) / max(x.max() - x.min(), 1e-6)
 
 
-def fit_depth(depth, size, resolution):
-    """Cuts a map (H, W) as its picture of size (w, h) is cut, whatever the map's own size. -> (R, R)"""
+def fit_depth(depth, size, new_size):
+    """Cuts a map (H, W) as its picture of size (w, h) is cut, whatever the map's own size. -> new_size"""
     depth = PIL.Image.fromarray(depth)
     if (size[0] / size[1] - 1) * (depth.width / depth.height - 1) < -0.01:  # one is upright, the other is not
         raise ValueError(f"the picture is {size[0]} x {size[1]}, its depth {depth.width} x {depth.height}")
     share = min(size) / np.array(size)  # of width and height: the picture's largest centred square
     box = *((1 - share) / 2 * depth.size), *((1 + share) / 2 * depth.size)
-    return np.asarray(depth.resize((resolution, resolution), PIL.Image.BILINEAR, box))
+    return np.asarray(depth.resize(new_size, PIL.Image.BILINEAR, box))
 
 
 def depth_name(name):
@@ -359,13 +360,13 @@ def depth_name(name):
 
 
 class Names(dict):
-    """What belongs to names of files, found by the name as it is, else in any letter case, else None."""
+    """What belongs to names of files: of the name as it is, or in other letters (case, accents), or None."""
 
     def __init__(self, table):
-        super().__init__({name.lower(): value for name, value in table.items()} | table)
+        super().__init__({normalize("NFC", name.lower()): value for name, value in table.items()} | table)
 
     def __missing__(self, name):
-        return self.get(name.lower())
+        return self.get(normalize("NFC", name.lower()))
 
 
 @functools.lru_cache(4)
@@ -385,8 +386,7 @@ class ImageData:
     def __init__(self, cfg, source):
         self.source = Path(source)
         self.unreadable = set()  # names that were met
-        self.resolution = cfg.resolution
-        self.use_depth = cfg.depth != "none"
+        self.cfg = cfg
 
         # Hidden files are none of ours. A depth map is no photograph.
         files = [f for f in sorted(self.list_files()) if not re.search(r"(^|/)(\.[^/]|__MACOSX)", f)]
@@ -407,7 +407,7 @@ class ImageData:
 
         missing = [name for name, depth in zip(self.names, self.depths, strict=True) if not depth]
         self.has_depth = len(missing) < len(self.names)
-        if self.use_depth and self.has_depth and missing:
+        if cfg.depth != "none" and self.has_depth and missing:
             what = f"{len(missing)} of {len(self.names)} images have no depth, the first is {missing[0]}"
             raise UserError(f"--data {source}: {what}; make it by lereS_depth.py, or train with --depth none")
         self.labels = self.read_labels(files)  # int64 (N,), empty without classes
@@ -467,6 +467,8 @@ class ImageData:
             for name, label in listed:
                 if type(label) is not int or not 0 <= label < 100_000:
                     raise ValueError(f"{name}: class {label!r} is no whole number from 0 to 99,999")
+            if len(dict(listed)) < len(listed):
+                raise ValueError("a file is listed twice")
             folder = os.path.dirname(listing)
             return Names({os.path.join(folder, name.replace("\\", "/")): label for name, label in listed})
         except Exception as e:  # whatever a damaged file leads to
@@ -483,10 +485,11 @@ class ImageData:
         """-> {image, and depth if it is wanted} of photograph i; raises whatever PIL does"""
         with PIL.Image.open(io.BytesIO(self.read(self.names[i]))) as image:
             image = to_rgb(image)
-        pixels = np.asarray(PIL.ImageOps.fit(image, (self.resolution, self.resolution), PIL.Image.LANCZOS))
+        size = self.cfg.resolution, self.cfg.resolution
+        pixels = np.asarray(PIL.ImageOps.fit(image, size, PIL.Image.LANCZOS))
         item = dict(image=torch.from_numpy(pixels.transpose(2, 0, 1).copy()))
-        if self.use_depth:
-            depth = fit_depth(read_depth(self.read(self.depths[i])), image.size, self.resolution)
+        if self.cfg.depth != "none":
+            depth = fit_depth(read_depth(self.read(self.depths[i])), image.size, size)
             if not np.isfinite(depth).all():
                 raise ValueError("its depth has holes; lereS_depth.py --depth-from fills them")
             item["depth"] = torch.from_numpy(2 * to_unit(depth) - 1)[None]
@@ -647,8 +650,7 @@ def open_data(cfg):
     if data.has_depth or cfg.depth == "none":
         return data
 
-    source = source.resolve()
-    place = hashlib.sha256(str(source).encode()).hexdigest()[:8]
+    place = hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:8]
     target = root / f"{source.stem}-{cfg.resolution}-{place}"
     say(f"{cfg.data}: photographs without depth; prepared, once, in {target}")
     if not (target / "dataset.json").exists():
@@ -688,15 +690,13 @@ def draw_batches(cfg, n, step, rank, world):
     sees what an undisturbed one would. Epochs are permutations of the n images and their mirror images."""
     total = 2 * n if cfg.mirror else n
     share = cfg.batch_size // world
-    epoch = order = None
+
+    @functools.lru_cache(2)
+    def order(epoch):
+        return np.random.default_rng([train_seed(cfg), epoch]).permutation(total)
+
     for start in itertools.count(step * cfg.batch_size + rank * share, cfg.batch_size):
-        batch = []
-        for k in range(start, start + share):
-            if k // total != epoch:
-                epoch = k // total
-                order = np.random.default_rng([train_seed(cfg), epoch]).permutation(total)
-            batch.append(int(order[k % total]))
-        yield batch
+        yield [int(order(k // total)[k % total]) for k in range(start, start + share)]
 
 
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)}  # last: SLURM
@@ -2157,8 +2157,7 @@ def evaluate(run, detector, reals):
         path = Path(cfg.out, "metrics.jsonl")
         append_line(path, dict(kimg=run.kimg, data=cfg.data, reals=cfg.reals, **result))
         for name, value in result.items():
-            why = "" if math.isfinite(value) else ": too few images, or samples that are not finite"
-            tqdm.write(f"{run.kimg:g} kimg: {name} {value:.4g}{why}")
+            tqdm.write(f"{run.kimg:g} kimg: {name} {value:.4g}{': too few images' * math.isnan(value)}")
 
 
 def train_until_trouble(cfg, state, stop):  # noqa: C901, PLR0915 (the loop, from top to bottom)
@@ -2170,8 +2169,7 @@ def train_until_trouble(cfg, state, stop):  # noqa: C901, PLR0915 (the loop, fro
         say(f"{cfg.out}: finished already")
         return None
 
-    g, d = (sum(p.numel() for p in network.parameters()) for network in (run.G, run.D))
-    sizes = f"{len(run.data):,} images, {cfg.num_classes} classes; G {g:,}, D {d:,} parameters"
+    sizes = f"{len(run.data):,} images, {cfg.num_classes} classes"
     say(f"{cfg.data}: {sizes}; {WORLD} x {device}; {cfg.out}")
     detector = Detector(cfg.detector, device) if "fid" in cfg.metrics else None
     if RANK == 0:
@@ -2252,7 +2250,7 @@ def render_views(G, planes, cameras, resolution, dim=1):
     """One scene (planes of 1) from each camera -> pictures of RGB and depth, as `to_picture`"""
     views = [G.render(planes, rows(cameras, [i]), resolution) for i in range(len(cameras.yaw))]
     near, far = views[0][1].quantile(planes.new_tensor([0.02, 0.98])).tolist()  # but for strays
-    return [to_picture(rgb[0], depth[0], near, far, dim) for rgb, depth in views]
+    return [to_picture(rgb[0], depth[0] if G.cfg.dims == 3 else (), near, far, dim) for rgb, depth in views]
 
 
 @torch.no_grad()
@@ -2343,6 +2341,8 @@ def validate(cfg, world):
 
 def resolve(given):
     """The options given -> Config, and the state to go on from or None. What is not given stays as it was."""
+    if not given.get("data", "shapes"):
+        raise UserError("--data: is empty; name a folder or a zip of images")
     if given.get("data", "shapes") not in DATA_PRESETS:
         given = {**given, "data": os.path.realpath(given["data"])}
     out = Path(given.get("out") or Path("runs", Path(given.get("data", "shapes")).resolve().stem))

@@ -282,7 +282,7 @@ class Work:
             depth = 1 / np.where(known, depth, depth[known].min()).clip(min=0.1 * depth[known].max())
         else:
             depth = fill_holes(depth, known)
-        return tdgp.fit_depth(depth, size, self.cfg.resolution)
+        return tdgp.fit_depth(depth, size, (self.cfg.resolution, self.cfg.resolution))
 
     def read_map(self, name):
         """-> float32 (H, W), NaN where nothing was measured"""

@@ -26,6 +26,7 @@ import subprocess
 import sys
 import threading
 import time
+import unicodedata
 import zipfile
 import zlib
 from pathlib import Path
@@ -628,6 +629,26 @@ def test_names_are_matched_in_any_letter_case(tmp_path, letters):
     assert data.names == expected.names
     assert data.labels.tolist() == [5] * 4
     assert torch.equal(data[0]["depth"], expected[0]["depth"])
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_accents_are_matched_however_they_are_written(tmp_path, forms):
+    """A Mac splits letters from their accents."""
+    picture, depth = (unicodedata.normalize(form, "käse") for form in forms)
+    photo((40, 30)).save(tmp_path / f"{picture}.jpg")
+    PIL.Image.linear_gradient("L").resize((40, 30)).save(tmp_path / f"{depth}_depth.png")
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": [[f"{depth}.jpg", 3]]}))
+    data = data_of(tmp_path)
+    assert data.names == [f"{picture}.jpg"]
+    assert data.has_depth
+    assert data.labels.tolist() == [3]
+
+
+def test_a_file_that_is_listed_twice_is_an_error(tmp_path):
+    root = make_folder(tmp_path / "a", classes=("c",), each=1)
+    (root / "dataset.json").write_text(json.dumps({"labels": [["c/0.jpg", 0], ["c/0.jpg", 2]]}))
+    with pytest.raises(m.UserError, match="a file is listed twice"):
+        data_of(root, depth="none")
 
 
 def test_names_that_differ_in_letter_case_alone_keep_their_depth(tmp_path):
@@ -3040,6 +3061,7 @@ def test_help_shows_every_option_with_its_default():
 
 BAD_INPUT = [
     (["--data", "nowhere"], "nowhere: no such file"),
+    (["--data", ""], "--data: is empty"),
     (["--data", "imagenet"], "DATA_DIR"),
     (["--data", "EMPTY"], "no images"),
     (

@@ -332,12 +332,12 @@ def read_depth(content):
 
 def mark_holes(depth):
     """NaN for zeros far from all other values, which mean "not measured"; maps from 0 to 65535 have none."""
-    levels = np.unique(depth)
-    gaps = np.diff(levels)
-    if levels[0] == 0 and levels[-1] != 65535 and len(gaps) > 1:
-        holes = gaps[0] > max(4 * np.median(gaps[1:]), 0.1 * np.median(levels))
+    if depth.min() == 0 and depth.max() != 65535:
+        levels = np.unique(depth)
+        gaps = np.diff(levels)
+        holes = gaps.size > 1 and gaps[0] > max(4 * np.median(gaps[1:]), 0.1 * levels.mean())
         depth = np.where(holes & (depth == 0), np.nan, depth)
-    return depth.astype(np.float32)
+    return np.float32(depth)
 
 
 def to_unit(x):
@@ -442,19 +442,19 @@ class ImageData:
         """Class of every image, by dataset.json or the first-level folders. -> int64 (N,), or empty"""
         top = os.path.commonpath([os.path.dirname(name) for name in self.names])  # archives have one folder
         found = Names({f: f for f in files})
-        folders = [Path(top), *Path(top).parents]
-        listing = next(filter(None, (found[str(folder / "dataset.json")] for folder in folders)), None)
+        above = [Path(top), *Path(top).parents]
+        listings = [found[str(folder / "dataset.json")] for folder in above]
+        listing = next(filter(None, listings), None)
         if listing:
             table = self.read_listing(listing)
         else:
             inside = {name: Path(name).relative_to(top).parts for name in self.names}
-            folders = sorted({parts[0] for parts in inside.values() if len(parts) > 1})
-            number = {folder: k for k, folder in enumerate(folders)}
+            tops = sorted({parts[0] for parts in inside.values() if len(parts) > 1})
+            number = {folder: k for k, folder in enumerate(tops)}
             table = Names({name: number[parts[0]] for name, parts in inside.items() if len(parts) > 1})
-            if folders:
-                say(
-                    f"{len(folders)} classes: {', '.join(folders[:9])} (parts of one set? Give one as --data)"
-                )
+            if tops:
+                what = "if they are parts of one set, give one of them as --data"
+                say(f"{len(tops)} classes: {', '.join(tops[:9])}; {what}")
         unlabelled = [name for name in self.names if table[name] is None]
         if table and unlabelled:
             raise UserError(f"--data {self.source}: {len(unlabelled)} without a class, first {unlabelled[0]}")

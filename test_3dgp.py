@@ -898,7 +898,8 @@ def test_a_line_names_the_classes_and_says_what_to_do_if_they_are_none(tmp_path,
     data = data_of(make_folder(tmp_path / "a", classes=folders, each=2), depth="none")
     assert data.num_classes == 2
     names = ", ".join(sorted(folders))
-    assert f"2 classes: {names} (parts of one set? Give one as --data)" in capsys.readouterr().out
+    hint = "if they are parts of one set, give one of them as --data"
+    assert f"2 classes: {names}; {hint}" in capsys.readouterr().out
     data_of(tmp_path / "a" / folders[0], depth="none")
     assert "classes" not in capsys.readouterr().out
 

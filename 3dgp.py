@@ -298,8 +298,9 @@ def load_tensors(path, flag, **kind):
 # A folder or zip of images, or `shapes`, which the program draws itself. An item is a dict of one image:
 # `image` uint8 (3, R, R); `depth` float32 (1, R, R) in [-1, 1], larger is farther; and `label`.
 
-NAME_ALONE = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"}  # Pillow does not decode these
-SUFFIXES = {end for end, kind in PIL.Image.registered_extensions().items() if kind not in NAME_ALONE}
+NO_PHOTOS = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "PCD", "PDF", "WMF"}  # or not for Pillow alone
+SUFFIXES = {end for end, kind in PIL.Image.registered_extensions().items() if kind not in NO_PHOTOS}
+SUFFIXES -= {".pfm"}  # floats, as a rule of depth
 PIL.Image.MAX_IMAGE_PIXELS = None  # the limit is in to_rgb, by memory
 MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2**33
 
@@ -335,7 +336,7 @@ def mark_holes(depth):
     if depth.min() == 0 and depth.max() != 65535:
         levels = np.unique(depth)
         gaps = np.diff(levels)
-        holes = gaps.size > 1 and gaps[0] > max(4 * np.median(gaps[1:]), 0.1 * levels.mean())
+        holes = gaps.size > 1 and gaps[0] > max(4 * np.median(gaps[1:]), 0.05 * levels.mean())
         depth = np.where(holes & (depth == 0), np.nan, depth)
     return np.float32(depth)
 
@@ -387,7 +388,6 @@ class ImageData:
         self.source = Path(source)
         self.unreadable = set()  # names that were met
         self.cfg = cfg
-
         # Hidden files are none of ours. A depth map is no photograph.
         files = [f for f in sorted(self.list_files()) if not re.search(r"(^|/)(\.[^/]|__MACOSX)", f)]
         images = [f for f in files if os.path.splitext(f)[1].lower() in SUFFIXES]
@@ -430,7 +430,7 @@ class ImageData:
 
         files, seen = [], set()
         for path, folders, members in os.walk(self.source, followlinks=True, onerror=refuse):
-            ours = {"prepared.json", "log.jsonl"}.intersection(members) and Path(path) != self.source
+            ours = {"prepared.json", "reals.png"}.intersection(members) and Path(path) != self.source
             if ours or os.path.realpath(path) in seen:
                 folders.clear()
                 continue
@@ -2030,10 +2030,10 @@ def load_checkpoint(*paths):
                 if parts.testzip():
                     raise zipfile.BadZipFile("its checksum is wrong")
             cfg, state = Config(**state["config"]), {k: state[k] for k in ("step", "images", *TRAINED)}
-            validate(cfg, 1)
+            validate(replace(cfg, metrics=""), 1)  # some that there were are in tools/evaluate.py now
             return Path(path), cfg, state
         except Exception as e:  # whatever a damaged or foreign file leads to
-            what = f"--resume {path}: damaged, or not a checkpoint of this program ({e})"
+            what = f"--resume {path}: gone, damaged, or not a checkpoint of this program ({e})"
             if path == paths[-1]:
                 raise UserError(what) from None
             print(f"3dgp.py: warning: {what}; the checkpoint before it is taken", file=sys.stderr)
@@ -2058,14 +2058,14 @@ def load_generator(resume, device="auto"):
 
 def begin_folder(run):
     """The run folder with its configuration and a picture of the data. Newer checkpoints are renamed."""
-    spread = np.linspace(0, len(run.data) - 1, 32).round().astype(int)  # over the classes too, by their order
+    spread = np.linspace(0, len(run.data) - 1, 32, dtype=int)  # over the classes too, by their order
     reals = real_images(torch.utils.data.default_collate([run.data[i] for i in spread]), "cpu")
     folder = Path(run.cfg.out)
     folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.glob(".*.tmp"):  # of a process that was killed
-        path.unlink()
     if not run.cfg.resume:  # of two runs that begin at the same moment, one takes it
         (folder / "config.json").touch(exist_ok=False)
+    for path in folder.glob(".*.tmp"):  # of a process that was killed
+        path.unlink()
     for kimg, path in checkpoints(folder):
         if kimg > run.kimg:
             path.rename(path.with_name(f"left-{path.name}"))
@@ -2157,7 +2157,7 @@ def evaluate(run, detector, reals):
         path = Path(cfg.out, "metrics.jsonl")
         append_line(path, dict(kimg=run.kimg, data=cfg.data, reals=cfg.reals, **result))
         for name, value in result.items():
-            tqdm.write(f"{run.kimg:g} kimg: {name} {value:.4g}{': too few images' * math.isnan(value)}")
+            tqdm.write(f"{run.kimg:g} kimg: {name} {value:.4g}{', of too few images?' * math.isnan(value)}")
 
 
 def train_until_trouble(cfg, state, stop):  # noqa: C901, PLR0915 (the loop, from top to bottom)
@@ -2345,7 +2345,7 @@ def resolve(given):
         raise UserError("--data: is empty; name a folder or a zip of images")
     if given.get("data", "shapes") not in DATA_PRESETS:
         given = {**given, "data": os.path.realpath(given["data"])}
-    out = Path(given.get("out") or Path("runs", Path(given.get("data", "shapes")).resolve().stem))
+    out = Path(given.get("out") or Path("runs", Path(given.get("data", "shapes")).stem))
     resume = given.get("resume", "")
     if not resume or resume == "auto" and not checkpoints(out):
         if Path(out, "config.json").exists() and not resume:

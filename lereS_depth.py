@@ -12,6 +12,7 @@ over their depth. A run that was stopped goes on: call it again. `3dgp.py --data
 
 import concurrent.futures
 import dataclasses
+import glob
 import hashlib
 import importlib
 import io
@@ -219,8 +220,8 @@ class Work:
         self.names = self.data.names
         self.labels = self.data.labels if self.data.num_classes else np.zeros(len(self.names), np.int64)
         if cfg.depth_from:
-            found = Path(cfg.depth_from).rglob("*")
-            self.maps = tdgp.Names({path.relative_to(cfg.depth_from).as_posix(): path for path in found})
+            found = glob.glob("**", root_dir=cfg.depth_from, recursive=True)  # follows links
+            self.maps = tdgp.Names({name: Path(cfg.depth_from, name) for name in found})
         self.taken = {"all"}  # all_depth.png is the contact sheet
         self.outputs = [self.output_name(name) for name in self.names]
 
@@ -278,8 +279,8 @@ class Work:
         known = np.isfinite(depth) & ((depth > 0) | (not self.cfg.invert))
         if known.mean() < 0.1 or not depth.any():
             raise ValueError("less than a tenth of its map is measured")
-        if self.cfg.invert:  # what was not measured is far; nothing is farther than 10 times the nearest
-            depth = 1 / np.where(known, depth, depth[known].min()).clip(min=0.1 * depth[known].max())
+        if self.cfg.invert:  # what was not measured is far: 10 times as far as the nearest, the limit of all
+            depth = 1 / np.where(known, depth, 0).clip(min=0.1 * depth[known].max())
         else:
             depth = fill_holes(depth, known)
         return tdgp.fit_depth(depth, size, (self.cfg.resolution, self.cfg.resolution))

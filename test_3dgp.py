@@ -879,7 +879,7 @@ def test_zeros_of_few_levels_are_depth(levels):
 
 def test_zeros_of_disparity_are_far(tmp_path):
     disparity = np.tile(np.linspace(100, 400, 60), (40, 1))
-    disparity[:, :10] = 0
+    disparity[:, :11] = 0
     for folder in ("photos", "maps"):
         (tmp_path / folder).mkdir()
     photo((60, 40)).save(tmp_path / "photos" / "0.jpg")
@@ -889,8 +889,20 @@ def test_zeros_of_disparity_are_far(tmp_path):
     assert prepare(tmp_path / "photos", out, *options) == 0
     row = m.read_depth((out / "0_depth.png").read_bytes())[20] / 65535  # of the columns 10 to 50
     depth = 1 / np.linspace(100, 400, 60)[10:50]
+    depth[0] = 1 / 40  # a zero
     expected = (depth - depth.min()) / (depth.max() - depth.min())
-    assert np.abs(row - expected)[1:].max() < 0.02
+    assert np.abs(row - expected)[2:].max() < 0.02
+    assert row[0] > 0.9 > row[2]  # behind all that was measured
+
+
+def test_maps_may_be_in_linked_folders(tmp_path):
+    root = make_folder(tmp_path / "a", classes=("cat",), each=1, depth=True)
+    (tmp_path / "photos" / "cat").mkdir(parents=True)
+    photo((40, 30)).save(tmp_path / "photos" / "cat" / "0.jpg")
+    (tmp_path / "maps").mkdir()
+    (tmp_path / "maps" / "cat").symlink_to(root / "cat")
+    options = ("--depth-from", tmp_path / "maps", "--resolution", 16)
+    assert prepare(tmp_path / "photos", tmp_path / "out", *options) == 0
 
 
 @pytest.mark.parametrize("folders", [("rgb", "depth"), ("train", "val"), ("left", "right")])
@@ -2646,6 +2658,13 @@ def test_a_run_goes_on_with_its_own_data_alone(tmp_path, capsys, monkeypatch):
     )
 
 
+def test_a_checkpoint_may_name_metrics_of_before(run, tmp_path):
+    state = torch.load(newest(run), weights_only=True)
+    state["config"]["metrics"] = "fid2k,is2k"
+    torch.save(state, tmp_path / newest(run).name)
+    assert m.load_generator(tmp_path)[2] == 0.048
+
+
 def test_of_runs_that_begin_at_the_same_moment_one_gets_the_folder(tmp_path, capsys):
     given = dict(MICRO, out=str(tmp_path / "run"), kimg=0.016)
     (first, _), (second, _) = m.resolve(given), m.resolve(given)
@@ -2685,7 +2704,7 @@ def test_a_metric_of_too_few_images_is_no_divergence_and_says_why(tmp_path, caps
     options = dict(data=root, depth="none", kimg=0.032, metrics="fid8", detector="area8")
     out = train_micro(tmp_path / "run", "--no-mirror", **options)
     captured = capsys.readouterr()
-    assert "fid8[area8] nan: too few images" in captured.err + captured.out
+    assert "fid8[area8] nan, of too few images?" in captured.err + captured.out
     assert "diverged" not in captured.err
     assert checkpoint(out)["step"] == 2
 

@@ -388,6 +388,7 @@ class ImageData:
         self.source = Path(source)
         self.unreadable = set()  # names that were met
         self.cfg = cfg
+
         # Hidden files are none of ours. A depth map is no photograph.
         files = [f for f in sorted(self.list_files()) if not re.search(r"(^|/)(\.[^/]|__MACOSX)", f)]
         images = [f for f in files if os.path.splitext(f)[1].lower() in SUFFIXES]
@@ -806,7 +807,7 @@ def sample_triplane(planes, points, box):
     planes (B, 3, C, T, T), zero outside; points (B, N, 3); box: half size of the planes -> (B, N, C)"""
     xy, xz, yz = points[..., :2], points[..., ::2], points[..., 1:]  # (B, N, 2)
     uv = torch.stack([xy, xz, yz], 1).flatten(0, 1) / box  # (3B, N, 2)
-    features = F.grid_sample(planes.flatten(0, 1), uv[:, None], "bilinear", "zeros", align_corners=True)
+    features = F.grid_sample(planes.flatten(0, 1), uv[:, None], align_corners=True)
     return features.unflatten(0, (-1, 3)).mean(1).squeeze(2).transpose(1, 2)  # (B, N, C)
 
 
@@ -2382,10 +2383,9 @@ def run_program(name, work):
         print(f"{name}: error: process {RANK} waited in vain: {reason}", file=sys.stderr)
     except KeyboardInterrupt:  # before there was anything to save
         status = 130
-    if dist.is_initialized():
-        if status:
-            os._exit(status)  # threads that wait for other processes would abort a normal exit
-        dist.destroy_process_group()
+    if dist.is_initialized():  # threads that wait for other processes would abort a normal exit
+        sys.stdout.flush()
+        os._exit(status)
     return status
 
 

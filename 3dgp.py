@@ -697,7 +697,7 @@ def draw_batches(cfg, n, step, rank, world):
         return np.random.default_rng([train_seed(cfg), epoch]).permutation(total)
 
     for start in itertools.count(step * cfg.batch_size + rank * share, cfg.batch_size):
-        yield [int(order(k // total)[k % total]) for k in range(start, start + share)]
+        yield [order(k // total)[k % total] for k in range(start, start + share)]
 
 
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)}  # last: SLURM

@@ -149,7 +149,6 @@ def load_leres(path):
     # Only the deeper encoder has a seventh block in its third layer.
     deep = any(name.startswith("encoder_modules.encoder.layer3.6.") for name in state)
     model = LeReS("resnext101" if deep else "resnet50")
-
     own = model.state_dict()
     missing = [name for name in own if getattr(state.get(name), "shape", None) != own[name].shape]
     unexpected = [name for name in state if name not in own]
@@ -302,8 +301,9 @@ def fill_holes(depth, known):
     """Where a map (H, W) is not known, the mean of what is around, from as near as there is. -> (H, W)"""
     if known.all():
         return depth
-    both = torch.from_numpy(np.stack([np.where(known, depth, 0), known]).astype(np.float32))  # (2, H, W)
-    value, share = F.avg_pool2d(both, 2, ceil_mode=True).numpy()
+    both = np.stack([np.where(known, depth, 0), known]).astype(np.float32)  # by numpy: torch stands still ...
+    both = np.pad(both, ((0, 0), (0, len(depth) % 2), (0, depth.shape[1] % 2)))  # ... in forked processes
+    value, share = both.reshape(2, both.shape[1] // 2, 2, -1, 2).mean((2, 4))
     coarse = fill_holes(value / np.maximum(share, 1e-6), share > 0)
     coarse = PIL.Image.fromarray(coarse).resize(depth.shape[::-1], PIL.Image.BILINEAR)
     return np.where(known, depth, coarse).astype(np.float32)

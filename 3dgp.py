@@ -342,6 +342,7 @@ def mark_holes(depth):
 
 
 def to_unit(x):
+    """Linearly from its extremes to [0, 1]; what is constant becomes 0. Any shape -> the same"""
     return (x - x.min()) / max(x.max() - x.min(), 1e-6)
 
 
@@ -406,7 +407,7 @@ class ImageData:
         if endings:
             say(f"{source}: not read, by ending: {dict(endings)}")
 
-        missing = [name for name, depth in zip(self.names, self.depths, strict=True) if not depth]
+        missing = [name for name in self.names if not found[depth_name(name)]]
         self.has_depth = len(missing) < len(self.names)
         if cfg.depth != "none" and self.has_depth and missing:
             what = f"{len(missing)} of {len(self.names)} images have no depth, the first is {missing[0]}"
@@ -2017,8 +2018,7 @@ def snapshot(run):
 
 
 def load_checkpoint(*paths):
-    """The first whole one of the paths, or of a run's folder, the newest first. -> path, Config, state
-    If there is none, but what is damaged, foreign or of another version: UserError."""
+    """The first whole one of the paths, or of a run's newest; none: UserError. -> path, Config, state"""
     folder = Path(paths[0])
     if folder.is_dir():
         paths = [path for _, path in checkpoints(folder)]
@@ -2158,7 +2158,8 @@ def evaluate(run, detector, reals):
         path = Path(cfg.out, "metrics.jsonl")
         append_line(path, dict(kimg=run.kimg, data=cfg.data, reals=cfg.reals, **result))
         for name, value in result.items():
-            tqdm.write(f"{run.kimg:g} kimg: {name} {value:.4g}{', of too few images?' * math.isnan(value)}")
+            why = ", of too few images?" if math.isnan(value) else ""
+            tqdm.write(f"{run.kimg:g} kimg: {name} {value:.4g}{why}")
 
 
 def train_until_trouble(cfg, state, stop):  # noqa: C901, PLR0915 (the loop, from top to bottom)
@@ -2170,8 +2171,7 @@ def train_until_trouble(cfg, state, stop):  # noqa: C901, PLR0915 (the loop, fro
         say(f"{cfg.out}: finished already")
         return None
 
-    sizes = f"{len(run.data):,} images, {cfg.num_classes} classes"
-    say(f"{cfg.data}: {sizes}; {WORLD} x {device}; {cfg.out}")
+    say(f"{cfg.data}: {len(run.data):,} images, {cfg.num_classes} classes; {WORLD} x {device}; {cfg.out}")
     detector = Detector(cfg.detector, device) if "fid" in cfg.metrics else None
     if RANK == 0:
         begin_folder(run)

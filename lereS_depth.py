@@ -120,9 +120,7 @@ def estimate_depth(model, images, size=None):
     """Affine-invariant depth, larger is farther, from 0.01 on.
     images (B, 3, H, W) in [0, 1], of any size -> float32 (B, 1, H, W), or (B, 1, size, size)"""
     side = (model.SIZE, model.SIZE)
-    x = images
-    if images.shape[2:] != side:
-        x = F.interpolate(images, side, mode="bilinear", align_corners=False, antialias=True)
+    x = F.interpolate(images, side, mode="bilinear", align_corners=False, antialias=True)
 
     mean = images.new_tensor(model.MEAN).view(3, 1, 1)
     std = images.new_tensor(model.STD).view(3, 1, 1)
@@ -149,6 +147,7 @@ def load_leres(path):
     # Only the deeper encoder has a seventh block in its third layer.
     deep = any(name.startswith("encoder_modules.encoder.layer3.6.") for name in state)
     model = LeReS("resnext101" if deep else "resnet50")
+
     own = model.state_dict()
     missing = [name for name in own if getattr(state.get(name), "shape", None) != own[name].shape]
     unexpected = [name for name in state if name not in own]
@@ -301,9 +300,10 @@ def fill_holes(depth, known):
     """Where a map (H, W) is not known, the mean of what is around, from as near as there is. -> (H, W)"""
     if known.all():
         return depth
-    both = np.stack([np.where(known, depth, 0), known]).astype(np.float32)  # by numpy: torch stands still ...
-    both = np.pad(both, ((0, 0), (0, len(depth) % 2), (0, depth.shape[1] % 2)))  # ... in forked processes
-    value, share = both.reshape(2, both.shape[1] // 2, 2, -1, 2).mean((2, 4))
+    # Means of 2 x 2 pixels, by numpy: in a forked process torch waits for threads that are not there.
+    both = np.stack([np.where(known, depth, 0), known]).astype(np.float32)  # (2, H, W)
+    both = np.pad(both, ((0, 0), (0, len(depth) % 2), (0, depth.shape[1] % 2)))  # to even sides
+    value, share = both.reshape(2, both.shape[1] // 2, 2, -1, 2).mean((2, 4))  # (H / 2, W / 2)
     coarse = fill_holes(value / np.maximum(share, 1e-6), share > 0)
     coarse = PIL.Image.fromarray(coarse).resize(depth.shape[::-1], PIL.Image.BILINEAR)
     return np.where(known, depth, coarse).astype(np.float32)

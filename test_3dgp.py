@@ -6,6 +6,7 @@ Nothing is downloaded. Three kinds of tests are skipped where what they need is 
 - tests that take minutes: set SLOW_TESTS=1.
 """
 
+import ast
 import contextlib
 import dataclasses
 import functools
@@ -690,7 +691,7 @@ def test_what_pillow_opens_is_read_and_a_line_tells_of_the_rest(tmp_path, capsys
 
     said = [line for line in capsys.readouterr().out.splitlines() if "not read" in line]
     assert len(said) == 1
-    assert eval(said[0].split("by ending: ")[1]) == {
+    assert ast.literal_eval(said[0].split("by ending: ")[1]) == {
         ".heic": 1, ".HEIC": 1, ".txt": 1, "": 1, ".pdf": 1, ".db": 1, ".bak": 1,
     }  # fmt: skip
     data_of(make_folder(tmp_path / "plain"), depth="none")

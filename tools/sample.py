@@ -298,8 +298,7 @@ def attempt(failed, name, work, *args):
 def sample(given):
     """All that a person wants to look at, from a checkpoint alone. given: options, a dict"""
     options = SampleOptions(**given)
-    too_small = options.resolution < 2 and options.resolution != 0
-    if too_small or min(options.frames, options.fps, options.mesh_resolution / 2) < 1:
+    if min(options.frames, options.fps, options.mesh_resolution / 2, (options.resolution or 2) / 2) < 1:
         what = "--frames, --fps: must be 1 or more, --mesh-resolution and --resolution 2 or more"
         raise tdgp.UserError(what)
 
@@ -312,7 +311,8 @@ def sample(given):
     out.mkdir(parents=True, exist_ok=True)
 
     # Of each sample only what the files of all need is kept.
-    pictures, failed = [], []  # of the latter the names
+    failed = []  # names
+    pictures = []
     films = []  # lists of frames, RGB beside depth
     stops = []  # of the walk, (1, w_dim + 6) each
     samples = draw_samples(G, classes, seeds, options)

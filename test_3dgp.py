@@ -18,8 +18,10 @@ import itertools
 import json
 import math
 import os
+import pickle
 import re
 import resource
+import shlex
 import shutil
 import signal
 import socket
@@ -34,9 +36,11 @@ from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as 3dgp.py has it; PyTorch is imported first here
 
+import huggingface_hub
 import numpy as np
 import PIL.Image
 import pytest
+import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
@@ -3566,6 +3570,7 @@ OPTIONS_OF_TOOLS = dict(
     report="ReportOptions",
     bench="BenchOptions",
     ablate="AblateOptions",
+    publish="PublishOptions",
 )
 
 
@@ -3600,6 +3605,16 @@ BAD_INPUT_OF_TOOLS = [
     ("ablate", ["depth", "--metrics", "foo7"], "--metrics foo7: must be fid"),
     ("bench", ["--repeats", "0"], "--repeats 0: must be positive"),
     ("bench", ["--frobnicate", "3"], "--help"),
+    ("publish", ["EMPTY", "new"], "no checkpoint in"),
+    ("publish", ["EMPTY", "PHOTOS"], "PHOTOS: is there already"),
+    ("publish", ["EMPTY", "GARBAGE"], "GARBAGE: is there already"),
+    ("publish", ["EMPTY", "new\nline"], "without line breaks"),
+    ("publish", ["EMPTY", "new", "--repo", "mine"], "--repo mine: must be owner/name"),
+    ("publish", ["EMPTY", "new", "--code", "https://me:word@host/x"], "without a password"),
+    ("publish", ["EMPTY", "new", "--dtype", "fp16"], "invalid choice"),
+    ("sample", ["--resume", "hf:mine"], "hf:mine: must be hf:owner/name"),
+    ("sample", ["--resume", "hf:me/../x"], "must be hf:owner/name"),
+    ("sample", ["--resume", "hf:me/x@../../x"], "must be hf:owner/name"),
 ]
 
 
@@ -3961,6 +3976,428 @@ def test_report_leaves_out_what_a_run_has_left_behind(tmp_path):
     assert curves["Training", "loss_g"] == [(1, 4.0, 0), (2, 3.5, 0), (3, 2.5, 0)]
     assert (3, 9.0, 0) not in curves["Metrics", "nfs8"]
     assert curves["Metrics", "nfs8"][-2:] == [(2, 3.5, 0), (3, 2.5, 0)]
+
+
+# Tools: publishing, and opening what was published
+
+
+@pytest.fixture(scope="module")
+def published(run, tmp_path_factory):
+    """The folder that publish.py makes of the run."""
+    folder = tmp_path_factory.mktemp("published") / "my model"
+    assert tool("publish").main([str(run), str(folder)]) == 0
+    return folder
+
+
+SAMPLES = "samples-000000.048.png"  # of the run
+
+
+def sampled(resume, out, *argv):
+    """The bytes of sample.py's grid of two classes and two seeds."""
+    argv = flags(resume=resume, out=out, classes="1-2", seeds="0-1") + list(argv)
+    assert tool("sample").main(argv) == 0
+    return (out / "grid.png").read_bytes()
+
+
+@with_tools
+def test_a_published_model_gives_the_pictures_of_its_run(run, published, tmp_path):
+    names = {path.name for path in published.iterdir()}
+    assert names == {"README.md", "config.json", "model.safetensors", "samples.png"}
+    with (
+        PIL.Image.open(published / "samples.png") as copy,
+        PIL.Image.open(run / "samples-000000.048.png") as own,
+    ):
+        assert np.array_equal(copy, own)
+
+    expected = sampled(run, tmp_path / "run")
+    assert sampled(published, tmp_path / "folder") == expected
+    assert sampled(published / "model.safetensors", tmp_path / "file") == expected
+    # It is the average that was published, and no more.
+    average = checkpoint(run)["G_ema"]
+    state = safetensors.torch.load_file(published / "model.safetensors")
+    assert state.keys() == average.keys()
+    for name, x in state.items():
+        assert torch.equal(x, average[name]), name
+
+
+@with_tools
+def test_a_published_model_is_measured_as_its_run(run, published, tmp_path, monkeypatch):
+    evaluate = tool("evaluate")
+    monkeypatch.setattr(evaluate, "evaluate_truth", lambda *_: {})
+    for source in (run, published):
+        shutil.copytree(source, tmp_path / source.name)
+        assert (
+            evaluate.main(
+                flags(resume=tmp_path / source.name, metrics="fid16,nfs8", detector="area8", reals=16)
+            )
+            == 0
+        )
+    assert log(tmp_path / published.name, "metrics")[-1] == log(tmp_path / run.name, "metrics")[-1]
+
+
+@with_tools
+def test_in_bf16_a_model_has_half_the_size_and_nearly_the_same_pictures(run, published, tmp_path):
+    assert tool("publish").main([str(run), str(tmp_path / "half"), "--dtype", "bf16"]) == 0
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in (tmp_path / "half", published)]
+    assert sizes[0] < 0.7 * sizes[1]  # of so small a model the names of the weights are a part
+
+    own, *_ = m.load_generator(run)
+    G, *_ = tool("load").open_generator(tmp_path / "half")
+    for (name, x), y in zip(G.named_parameters(), own.parameters(), strict=True):
+        assert x.dtype == torch.float32
+        assert torch.equal(x, y.bfloat16().float()), name
+    for x, y in zip(G.buffers(), own.buffers(), strict=True):
+        assert torch.equal(x, y)
+    assert "before they were rounded" in (tmp_path / "half" / "README.md").read_text()
+    assert "rounded" not in (published / "README.md").read_text()
+
+
+def republish(run, folder, metrics=(), **config):
+    """A run like this one, with other options and metrics, and published. -> the published folder"""
+    shutil.copytree(run, folder / "run")
+    state = checkpoint(run)
+    torch.save({**state, "config": {**state["config"], **config}}, newest(folder / "run"))
+    with open(folder / "run" / "metrics.jsonl", "w") as f:
+        for row in metrics:
+            f.write(json.dumps(row) + "\n")
+    assert tool("publish").main([str(folder / "run"), str(folder / "out")]) == 0
+    return folder / "out"
+
+
+@with_tools
+def test_nothing_of_the_authors_machine_is_published(run, tmp_path):
+    row = {"kimg": 0.048, "data": "/home/me/photos", "reals": 0, "fid16[net]": 3.5}
+    paths = ("resume", "teacher_weights", "depth_weights", "detector", "data", "out")
+    config = {name: f"/home/me/{name}.pth" for name in paths}
+    folder = republish(run, tmp_path, [row], **config, teacher="local-dir:/home/me/teacher")
+    for path in folder.iterdir():
+        assert b"/home" not in path.read_bytes(), path.name
+        assert str(tmp_path).encode() not in path.read_bytes(), path.name
+
+    saved = json.loads((folder / "config.json").read_text())["config"]
+    assert [saved[name] for name in paths] == ["", "", "", "detector.pth", "data.pth", ""]
+    assert saved["teacher"] == "teacher"
+    # Somebody's own folder of that name is not what the program calls so.
+    shapes = republish(run, tmp_path / "2", data="/home/me/shapes")
+    assert json.loads((shapes / "config.json").read_text())["config"]["data"] == "./shapes"
+
+
+@with_tools
+def test_a_card_says_what_was_measured_and_nothing_in_it_is_markup(run, tmp_path):
+    evil = "a|b`<script>*\n---\nlicense: mit\n# head"
+    rows = [
+        {"kimg": 0.032, "data": "x", "fid8": 1.0},
+        {"kimg": 0.048, "data": evil, "reals": 0, "fid2k[area8]": 7.0, "kid64": float("nan")},
+        {
+            "kimg": 0.048,
+            "data": evil,
+            "reals": 512,
+            "fid2k[area8]": 3.25,
+            f"recall9[{evil}]": 0.5,
+            "nfs64": 8.0,
+        },
+        {"kimg": 0.064, "data": "x", "fid16": 1.0, "named_depth": 0.9},
+    ]
+    folder = republish(run, tmp_path, rows, data=f"/x/{evil}", teacher=evil)
+    card = huggingface_hub.ModelCard((folder / "README.md").read_text(encoding="utf-8"))
+    assert card.data.to_dict() == dict(
+        license="unknown",
+        library_name="3dgp",
+        pipeline_tag="unconditional-image-generation",
+        tags=["3dgp", "gan", "3d"],
+    )
+
+    # What came last of this checkpoint stands, with the network, the number of samples, the data.
+    table = [line for line in card.text.splitlines() if re.match(r"\| (fid|kid|recall|nfs|share)", line)]
+    cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table]
+    assert [row[1] for row in cells] == ["3.25", "nan", "0.5", "8"]
+    assert [row[3] for row in cells] == ["2,048", "64", "9", "64"]
+    assert cells[0][0].startswith(r"fid2k\[area8\]")
+    assert cells[0][2].startswith("area8")
+    assert cells[0][4].startswith("512 images of a")
+    assert cells[1][2] == "Inception"
+    assert {len(row) for row in cells} == {5}
+    assert "At 0.048 kimg" in card.text
+    assert not re.search(r"(?<!\\)<|^# head|^license: mit", card.text, re.MULTILINE)
+    assert card.text.count("FILL IN") == 2
+
+
+@with_tools
+def test_a_card_that_is_followed_leads_to_pictures(published, tmp_path, monkeypatch):
+    """In a folder with the program and the published folder, and nothing else."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(published, published.name)
+    (tmp_path / "tools").symlink_to(HERE / "tools")
+    [block] = re.findall(r"```bash\n(.*?)```", (published / "README.md").read_text(), re.DOTALL)
+    install, *rest = block.splitlines()
+    assert install == "pip install -r requirements.txt"
+    assert len(rest) == 3
+    for line in rest:
+        python, program, *argv = shlex.split(line)
+        assert (python, program) == ("python", "tools/sample.py")
+        assert tool("sample").main([*argv, "--frames", "3"]) == 0
+
+    made = {path.name for path in Path("pictures").iterdir()}
+    name = "class0000-seed0000"
+    assert made >= {"grid.png", "orbit.webp", "orbit.gif", f"{name}-points.ply", f"{name}-depth.png"}
+    for path in Path("pictures").glob("*.png"):
+        with PIL.Image.open(path) as image:
+            assert np.std(np.asarray(image, float)) > 0
+
+
+@with_tools
+def test_cards_of_models_on_the_hub_name_them(run, tmp_path):
+    options = flags(repo="me/my-model", code="https://example.org/me/3dgp.git")
+    assert tool("publish").main([str(run), str(tmp_path / "a"), *options]) == 0
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert card.count("--resume hf:me/my-model ") == 3
+    assert "git clone https://example.org/me/3dgp.git 3dgp\ncd 3dgp\npip" in card
+
+    assert tool("publish").main([str(run), str(tmp_path / "b"), *options[2:]]) == 0
+    assert "3dgp\ncp -r b 3dgp\ncd 3dgp\npip" in (tmp_path / "b" / "README.md").read_text()
+
+
+@with_tools
+def test_pictures_that_are_gone_are_drawn_and_large_ones_become_webp(run, tmp_path, monkeypatch):
+    shutil.copytree(run, tmp_path / "run")
+    for path in (tmp_path / "run").glob("samples-*.png"):
+        path.write_bytes(path.read_bytes()[:1000])
+    publish = tool("publish")
+    assert publish.main([str(tmp_path / "run"), str(tmp_path / "a")]) == 0
+    with PIL.Image.open(tmp_path / "a" / "samples.png") as image:
+        assert image.size == (16 * 96, 4 * 2 * 96)
+
+    monkeypatch.setattr(publish, "MOST_BYTES", 1000)
+    assert publish.main([str(run), str(tmp_path / "b")]) == 0
+    names = {path.name for path in (tmp_path / "b").iterdir()}
+    assert names == {"README.md", "config.json", "model.safetensors", "samples.webp"}
+    assert "(samples.webp)" in (tmp_path / "b" / "README.md").read_text()
+
+
+@with_tools
+def test_a_publication_that_fails_leaves_nothing(run, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tool("publish"), "write_picture", full)
+    status, err = run_tool(capsys, "publish", run, tmp_path / "out")
+    assert status == 2
+    assert err.count("\n") == 1
+    assert "out: No space left on device; nothing was written" in err
+    assert not list(tmp_path.iterdir())
+
+
+def change_config(folder, **changes):
+    """Other values for options of a published folder's config.json."""
+    content = json.loads((folder / "config.json").read_text())
+    content["config"].update(changes)
+    (folder / "config.json").write_text(json.dumps(content))
+
+
+def change_weights(folder, change):
+    """What change(state) makes of a published folder's weights, in place of them."""
+    state = safetensors.torch.load((folder / "model.safetensors").read_bytes())
+    change(state)
+    safetensors.torch.save_file(state, folder / "model.safetensors")
+
+
+def cut(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def pickle_of_torch(folder):
+    torch.save({"mapping_network.w_avg": Evil(folder / "ran")}, folder / "model.safetensors")
+
+
+def bare_pickle(folder):
+    (folder / "model.safetensors").write_bytes(pickle.dumps(Evil(folder / "ran")))
+
+
+def another_program(folder):
+    (folder / "config.json").write_text('{"config": {}, "images": 3, "auto_map": "modeling.py"}')
+
+
+W_AVG = "mapping_network.w_avg"
+TAMPERED = [
+    (cut, "model.safetensors: not a whole safetensors file"),
+    (pickle_of_torch, "model.safetensors: not a whole safetensors file"),
+    (bare_pickle, "model.safetensors: not a whole safetensors file"),
+    (lambda f: (f / "model.safetensors").write_bytes(b""), "not a whole safetensors file"),
+    (lambda f: change_weights(f, lambda s: s.update({W_AVG: torch.ones(9)})), "w_avg has the shape (9,)"),
+    (lambda f: change_weights(f, lambda s: s.update(x=torch.ones(9))), "unknown weights 'x'"),
+    (lambda f: change_weights(f, lambda s: s.pop(W_AVG)), "lacks the weights 'mapping_network.w_avg'"),
+    (lambda f: change_weights(f, lambda s: s[W_AVG].fill_(math.inf)), "w_avg is not finite"),
+    (lambda f: change_weights(f, lambda s: s.update({W_AVG: s[W_AVG].half()})), "w_avg is torch.float16"),
+    (lambda f: (f / "config.json").unlink(), "config.json: not the config.json of a published model"),
+    (lambda f: (f / "config.json").write_text("[" * 10**5), "config.json: not the config.json of"),
+    (lambda f: (f / "config.json").write_text('{"config": [], "images": 3}'), "not the config.json of"),
+    (another_program, "config.json: has the unknown field 'auto_map'"),
+    (lambda f: change_config(f, **{"x\n\x1b": 3}), r"config.json: has the unknown field 'x\n\x1b'"),
+    (lambda f: change_config(f, seed="0"), "config.json: seed: cannot be '0'"),
+    (lambda f: change_config(f, mirror=1), "mirror: cannot be '1'"),
+    (lambda f: change_config(f, z_dim=8.0), "z_dim: cannot be '8.0'"),
+    (lambda f: change_config(f, near=True), "near: cannot be 'True'"),
+    (lambda f: change_config(f, camera="drone"), "camera: cannot be 'drone'"),
+    (lambda f: change_config(f, data="a\nb"), r"data: cannot be 'a\nb'"),
+    (lambda f: change_config(f, prior_yaw=[0, 1, 2]), "prior_yaw: cannot be '[0, 1, 2]'"),
+    (lambda f: change_config(f, resolution=48), "config.json: --resolution 48: must be a power of two"),
+    (lambda f: change_config(f, far=math.nan), "config.json: --far: not a finite number"),
+    (lambda f: change_config(f, z_dim=10**400), "config.json: "),
+    (lambda f: change_config(f, z_dim=10**12), "by its config.json"),
+    (lambda f: change_config(f, triplane_resolution=2**40, channel_base=2**40), "describes no network"),
+]
+
+
+@with_tools
+@pytest.mark.parametrize("name", ["sample", "evaluate"])
+@pytest.mark.parametrize("tamper, message", TAMPERED)
+def test_a_tampered_folder_is_one_line_and_runs_nothing(published, tmp_path, capsys, name, tamper, message):
+    folder = tmp_path / "model"
+    shutil.copytree(published, folder)
+    tamper(folder)
+    before = sorted(folder.iterdir())
+
+    status, err = run_tool(capsys, name, "--resume", folder)
+    assert status == 2
+    assert err.startswith(f"{name}.py: error: --resume {folder}")
+    assert message in err
+    assert err.count("\n") == 1
+    assert sorted(folder.iterdir()) == before
+
+
+class Hub(http.server.ThreadingHTTPServer):
+    """In place of huggingface.co. It has the model me/solids, a folder for each revision."""
+
+    def __init__(self, **revisions):
+        super().__init__(("127.0.0.1", 0), HubHandler)
+        self.revisions = revisions
+        self.asked = set()  # which files
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class HubHandler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        path = self.path.partition("?")[0]
+        commits = {hashlib.sha1(name.encode()).hexdigest(): f for name, f in self.server.revisions.items()}
+        kind, _, rest = path.removeprefix("/api/models").removeprefix("/me/solids/").partition("/")
+        if path.startswith("/api/models/me/gated/"):
+            self.answer(403, b"", "GatedRepo")
+        elif "/me/solids/" not in path:
+            self.answer(404, b"", "RepoNotFound")
+        elif kind == "revision" and rest not in self.server.revisions:
+            self.answer(404, b"", "RevisionNotFound")
+        elif kind == "revision":
+            commit = hashlib.sha1(rest.encode()).hexdigest()
+            self.answer(200, json.dumps(dict(id="me/solids", sha=commit)).encode())
+        elif kind == "tree":
+            files = [
+                dict(type="file", path=x.name, size=x.stat().st_size, oid="0")
+                for x in commits[rest].iterdir()
+            ]
+            self.answer(200, json.dumps(files).encode())
+        else:
+            commit, name = rest.split("/")
+            self.server.asked.add(name)
+            self.answer(200, (commits[commit] / name).read_bytes(), commit=commit)
+
+    do_HEAD = do_GET
+
+    def answer(self, status, body, error="", commit=""):
+        self.send_response(status)
+        self.send_header("ETag", f'"{hashlib.sha1(body).hexdigest()}"')
+        self.send_header("X-Repo-Commit", commit)
+        self.send_header("X-Error-Code", error)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+def with_hub(url, folder, *command):
+    """Runs a command in a folder, with the Hub at this URL. -> the finished process"""
+    env = {name: x for name, x in os.environ.items() if not name.startswith("HF_")}
+    env.update(HF_ENDPOINT=url, HF_HOME=str(folder / "hf"), NO_PROXY="*", OMP_NUM_THREADS="1")
+    command = [sys.executable, *command]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=100)
+
+
+OPEN_EACH = f"""
+import importlib, sys
+sys.path.insert(0, {str(HERE / "tools")!r})
+load = importlib.import_module("load")
+for resume in sys.argv[1:]:
+    try:
+        print(*load.open_generator(resume)[1:])
+    except load.tdgp.UserError as e:
+        print(e)
+"""
+
+
+@with_tools
+def test_models_are_fetched_from_the_hub(published, tmp_path):
+    old, bad = tmp_path / "old", tmp_path / "bad"
+    for folder in (old, bad):
+        shutil.copytree(published, folder)
+    (old / "config.json").write_text(
+        (old / "config.json").read_text().replace('"images": 48', '"images": 16')
+    )
+    (old / "modeling.py").write_text("raise SystemExit(3)")
+    cut(bad)
+    hub = Hub(main=published, v1=old, bad=bad)
+
+    # The same pixels as from the folder; they lie in the current folder, not in the cache.
+    argv = flags(resume="hf:me/solids", classes="1-2", seeds="0-1")
+    done = with_hub(hub.url, tmp_path, HERE / "tools" / "sample.py", *argv)
+    assert done.returncode == 0, done.stderr
+    grid = tmp_path / "me--solids" / "samples-000000.048" / "grid.png"
+    assert grid.read_bytes() == sampled(published, tmp_path / "folder")
+
+    names = [
+        "hf:me/solids@v1",
+        "hf:me/solids@v2",
+        "hf:me/other",
+        "hf:me/gated",
+        "hf:me/solids@bad",
+        "hf:a--b/c",
+    ]
+    done = with_hub(hub.url, tmp_path, "-c", OPEN_EACH, *names)
+    assert done.returncode == 0, done.stderr
+    opened, no_revision, no_model, gated, damaged, no_name = done.stdout.splitlines()
+    assert opened == "me--solids/model.safetensors 0.016"
+    assert no_revision.startswith("--resume hf:me/solids@v2: has no revision v2")
+    assert no_model.startswith("--resume hf:me/other: no such model")
+    assert gated.startswith("--resume hf:me/gated: its authors grant access")
+    assert "not a whole safetensors file" in damaged
+    assert no_name.startswith("--resume hf:a--b/c: cannot be fetched (Cannot have -- or ..")
+    assert hub.asked == {"config.json", "model.safetensors"}
+
+    # What was fetched once is there without a network.
+    hub.shutdown()
+    hub.server_close()
+    done = with_hub(hub.url, tmp_path, "-c", OPEN_EACH, "hf:me/solids@v1")
+    assert done.stdout == "me--solids/model.safetensors 0.016\n", done.stderr
+
+
+@with_tools
+@pytest.mark.parametrize("name", ["sample", "evaluate"])
+def test_without_a_network_the_hub_is_one_line(tmp_path, name):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))  # and does not listen
+        url = f"http://127.0.0.1:{s.getsockname()[1]}"
+        started = time.monotonic()
+        done = with_hub(url, tmp_path, HERE / "tools" / f"{name}.py", "--resume", "hf:me/solids")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "hf:me/solids: cannot be fetched (" in done.stderr
+    assert "refused" in done.stderr
+    assert "network" in done.stderr
+    assert time.monotonic() - started < 60
+    assert not (tmp_path / "me--solids").exists()
 
 
 # Tools: ablate

@@ -5,11 +5,9 @@
     python tools/evaluate.py --resume runs/imagenet --metrics fid50k,is50k,kid50k,pr50k,nfs256
     torchrun --nproc_per_node=8 tools/evaluate.py --resume runs/imagenet --metrics fid50k,nfs256
 
-The numbers are printed and appended to metrics.jsonl beside the checkpoint; any number of processes gives the
-same ones. fid and nfs are those that training follows, in 3dgp.py; kid, is and pr are here. On `shapes`,
-whose truth is known, cameras and depth are compared with it, and a small network names the solids it sees.
-Shapes in comments: N reals, M fakes, F features, R resolution.
-"""
+The numbers are printed and appended to metrics.jsonl beside the checkpoint (hf: in owner--name); any number
+of processes gives the same ones. On `shapes` cameras and depth are compared with the truth, and a network
+names the solids it sees. Shapes in comments: N reals, M fakes, F features, R resolution."""
 
 import dataclasses
 import importlib
@@ -21,15 +19,16 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 tdgp = importlib.import_module("3dgp")
+load = importlib.import_module("load")
 
 
 @dataclasses.dataclass
 class EvaluateOptions:
     """The command line."""
 
-    resume: str = tdgp.opt("", "checkpoint, or run folder (its newest)")
+    resume: str = tdgp.opt("", "checkpoint, folder of a run or of publish.py, or hf:owner/name[@revision]")
     data: str = tdgp.opt("", "data to compare with (empty: what it was trained on)")
     metrics: str = tdgp.opt("fid50k,nfs256", "of fid, kid, is, pr, nfs, each with a number of images")
     detector: str = tdgp.opt("inception", "inception (downloaded), its file, timm:NAME[:WEIGHTS], or area8")
@@ -315,7 +314,7 @@ def evaluate_checkpoint(given):
     metrics = tdgp.parse_metrics(options.metrics, ("fid", "kid", "is", "pr", "nfs"))
     if not metrics:
         raise tdgp.UserError("--metrics is empty: name what to measure, as in fid50k,nfs256")
-    G, path, kimg = tdgp.load_generator(options.resume, options.device)
+    G, path, kimg = load.open_generator(options.resume, options.device)
     G.cfg = dataclasses.replace(G.cfg, data=options.data or G.cfg.data)
     device = next(G.parameters()).device
 
@@ -334,6 +333,7 @@ def evaluate_checkpoint(given):
         return
 
     entry = {"kimg": kimg, "data": G.cfg.data, "reals": options.reals, **found}
+    path.parent.mkdir(exist_ok=True)  # there is none yet for a model of the Hub
     tdgp.append_line(path.with_name("metrics.jsonl"), entry)
     for name, value in found.items():
         if isinstance(value, float):

@@ -5,7 +5,7 @@
     python tools/sample.py --resume runs/shapes --video orbit      # or --interpolate, from sample to sample
     python tools/sample.py --resume runs/shapes --classes 0 --seeds 1 --mesh --points --depth --cameras
 
-It needs a checkpoint alone. Letters in the comments on shapes are those of 3dgp.py."""
+It needs a checkpoint alone, or what publish.py wrote. Letters in comments on shapes are those of 3dgp.py."""
 
 import dataclasses
 import importlib
@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-tdgp = importlib.import_module("3dgp")
+sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
+tdgp, load = map(importlib.import_module, ("3dgp", "load"))
 opt = tdgp.opt
 
 
@@ -31,8 +31,8 @@ opt = tdgp.opt
 class SampleOptions:
     """The command line. There is one sample for each of the classes and seeds."""
 
-    resume: str = opt("", "checkpoint, or run folder (its newest)")
-    out: str = opt("", "folder to write into (empty: samples-<kimg> beside the checkpoint)")
+    resume: str = opt("", "checkpoint, folder of a run or of publish.py, or hf:owner/name[@revision]")
+    out: str = opt("", "folder (empty: samples-<kimg> beside the checkpoint; of hf: in owner--name)")
     classes: str = opt("", "which classes, as in 1,5,10-20 (empty: the first 8)")
     seeds: str = opt("0-3", "which seeds, likewise; a seed is a z and a draw of the camera")
     truncation: float = opt(1.0, "draws w to the mean w of its class: 1 leaves it, 0 is that mean")
@@ -302,7 +302,7 @@ def sample(given):
         what = "--frames, --fps: must be 1 or more, --mesh-resolution and --resolution 2 or more"
         raise tdgp.UserError(what)
 
-    G, path, kimg = tdgp.load_generator(options.resume, options.device)
+    G, path, kimg = load.open_generator(options.resume, options.device)
     options.resolution = options.resolution or G.cfg.resolution
     seeds = parse_numbers(options.seeds, "--seeds", 2**31)
     count = max(G.cfg.num_classes, 1)

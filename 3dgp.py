@@ -59,12 +59,11 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # is read when PyTorch is imported
 
 import numpy as np
-import PIL.Image
-import PIL.ImageOps
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 # ---- Config ------------------------------------------------------------------------------------------------
@@ -88,6 +87,7 @@ class Config:
     out: str = opt("", "run folder (empty: runs/<data>)")
     preset: str = opt("", "model size (empty: the one for --data)", "tiny", "small", "base", "imagenet")
     resume: str = opt("", "a checkpoint, or 'latest' of --out, or 'auto': that if any, else a new run")
+    init: str = opt("", "fine-tuning: a new run begins with the networks of this run, checkpoint or model")
     seed: int = opt(0, "all draws of a run are a function of this, the step and the pass")
     device: str = opt("auto", "auto takes the GPU if there is one", "auto", "cuda", "cpu")
     workers: int = opt(4, "data loading processes per training process (0: load in the training process)")
@@ -252,9 +252,10 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 
 
 def say(text, file=None):
-    """Print once, however many processes there are."""
+    """Print once, however many processes there are, and above a progress bar."""
     if RANK == 0:
-        print(text, file=file, flush=True)
+        with tqdm.external_write_mode():
+            print(text, file=file, flush=True)
 
 
 def train_seed(cfg):
@@ -287,6 +288,10 @@ def atomic(path):
 def load_tensors(path, flag, **kind):
     """torch.load that runs no code. A file that is missing, damaged or foreign is a UserError."""
     try:
+        if Path(path).suffix == ".safetensors":
+            from safetensors.torch import load_file  # timm brings it
+
+            return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True, **kind)
     except FileNotFoundError:
         raise UserError(f"{flag} {path}: no such file") from None
@@ -299,9 +304,9 @@ def load_tensors(path, flag, **kind):
 # `image` uint8 (3, R, R); `depth` float32 (1, R, R) in [-1, 1], larger is farther; and `label`.
 
 NO_PHOTOS = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "PCD", "PDF", "WMF"}  # or not for Pillow alone
-SUFFIXES = {end for end, kind in PIL.Image.registered_extensions().items() if kind not in NO_PHOTOS}
+SUFFIXES = {end for end, kind in Image.registered_extensions().items() if kind not in NO_PHOTOS}
 SUFFIXES -= {".pfm"}  # floats, as a rule of depth
-PIL.Image.MAX_IMAGE_PIXELS = None  # the limit is in to_rgb, by memory
+Image.MAX_IMAGE_PIXELS = None  # the limit is in to_rgb, by memory
 MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2**33
 
 
@@ -311,20 +316,20 @@ def to_rgb(image):
         raise ValueError(f"{image.width} x {image.height} pixels are more than this machine's memory holds")
     if image.mode == "F":
         raise ValueError("floats, whose range nobody knows; save it with 8 or 16 bits")
-    image = PIL.ImageOps.exif_transpose(image)
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         gray = np.asarray(image).clip(0, 65535) // 257
-        image = PIL.Image.fromarray(gray.astype(np.uint8))
+        image = Image.fromarray(gray.astype(np.uint8))
     if image.has_transparency_data:
-        white = PIL.Image.new("RGBA", image.size, "white")
-        image = PIL.Image.alpha_composite(white, image.convert("RGBA"))
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
     return image.convert("RGB")
 
 
 def read_depth(content):
     """Depth from the bytes of a gray picture -> float32 (H, W), NaN where a sensor has not measured."""
-    with PIL.Image.open(io.BytesIO(content)) as image:
-        image = PIL.ImageOps.exif_transpose(image)
+    with Image.open(io.BytesIO(content)) as image:
+        image = ImageOps.exif_transpose(image)
         depth = np.atleast_3d(image.convert("RGB") if image.mode == "P" else image)  # (H, W, 1 to 4)
     if depth.shape[2] > 2 and (depth[..., :1] != depth[..., 1:3]).any():
         raise ValueError("a picture of depth, not depth: it has colours")
@@ -348,12 +353,12 @@ def to_unit(x):
 
 def fit_depth(depth, size, new_size):
     """Cuts a map (H, W) as its picture of size (w, h) is cut, whatever the map's own size. -> new_size"""
-    depth = PIL.Image.fromarray(depth)
+    depth = Image.fromarray(depth)
     if (size[0] / size[1] - 1) * (depth.width / depth.height - 1) < -0.01:  # one is upright, the other is not
         raise ValueError(f"the picture is {size[0]} x {size[1]}, its depth {depth.width} x {depth.height}")
     share = min(size) / np.array(size)  # of width and height: the picture's largest centred square
     box = *((1 - share) / 2 * depth.size), *((1 + share) / 2 * depth.size)
-    return np.asarray(depth.resize(new_size, PIL.Image.BILINEAR, box))
+    return np.asarray(depth.resize(new_size, Image.BILINEAR, box))
 
 
 def depth_name(name):
@@ -450,11 +455,11 @@ class ImageData:
         if listing:
             table = self.read_listing(listing)
         else:
-            inside = {name: Path(name).relative_to(top).parts for name in self.names}
-            tops = sorted({parts[0] for parts in inside.values() if len(parts) > 1})
-            number = {folder: k for k, folder in enumerate(tops)}
-            table = Names({name: number[parts[0]] for name, parts in inside.items() if len(parts) > 1})
-            if tops:
+            deeper = [name for name in self.names if os.path.dirname(name) != top]
+            folders = [Path(name).relative_to(top).parts[0] for name in deeper]
+            tops, numbers = np.unique(folders, return_inverse=True)
+            table = Names(dict(zip(deeper, numbers, strict=True)))
+            if folders:
                 what = "if they are parts of one set, give one of them as --data"
                 say(f"{len(tops)} classes: {', '.join(tops[:9])}; {what}")
         unlabelled = [name for name in self.names if table[name] is None]
@@ -485,10 +490,10 @@ class ImageData:
 
     def decode(self, i):
         """-> {image, and depth if it is wanted} of photograph i; raises whatever PIL does"""
-        with PIL.Image.open(io.BytesIO(self.read(self.names[i]))) as image:
+        with Image.open(io.BytesIO(self.read(self.names[i]))) as image:
             image = to_rgb(image)
         size = self.cfg.resolution, self.cfg.resolution
-        pixels = np.asarray(PIL.ImageOps.fit(image, size, PIL.Image.LANCZOS))
+        pixels = np.asarray(ImageOps.fit(image, size, Image.LANCZOS))
         item = dict(image=torch.from_numpy(pixels.transpose(2, 0, 1).copy()))
         if self.cfg.depth != "none":
             depth = fit_depth(read_depth(self.read(self.depths[i])), image.size, size)
@@ -814,9 +819,6 @@ def sample_triplane(planes, points, box):
 
 def compile_custom_ops(device_type):
     """Compiles custom_ops.cu for this GPU or processor, once for each source and flags. -> the library"""
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns where no GPU is
-    from torch.utils import cpp_extension
-
     if device_type == "cuda":
         target = "sm_{}{}".format(*torch.cuda.get_device_capability())
         options = dict(extra_cuda_cflags=["-O3", f"-arch={target}"])
@@ -828,9 +830,12 @@ def compile_custom_ops(device_type):
         options = dict(extra_cflags=flags, extra_ldflags=["-fopenmp"], with_cuda=False)
     source = Path(__file__).with_name("custom_ops.cu")
     key = repr((source.read_bytes(), options, torch.version.cuda)).encode()
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(torch.hub.get_dir(), "extensions"))
     library = root / f"3dgp-triplane-{target}-{hashlib.sha256(key).hexdigest()[:16]}.so"
     if not library.exists():
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns where no GPU is
+        from torch.utils import cpp_extension
+
         say(f"compiling custom_ops.cu for {target}, once", sys.stderr)
         root.mkdir(parents=True, exist_ok=True)
         # In a folder of its own, then moved: who is killed leaves neither a lock nor half a library.
@@ -1308,13 +1313,9 @@ class DepthAdaptor(nn.Module):
         self.layers = nn.ModuleList(Conv2d(i, width, 5, leaky_relu) for i in (1, width, width))
         self.head = Conv2d(width, 1, 1)
 
-    def candidates(self, depth):
-        """depth (B, 1, H, W) in world units -> (4, B, 1, H, W), from un-adapted to most adapted."""
-        return torch.stack([self(depth, torch.full([len(depth)], level)) for level in range(4)])
-
-    def adapt(self, depth):
-        """The candidate that is looked at outside training. (B, 1, H, W) -> (B, 1, H, W)"""
-        return self(depth, torch.full([len(depth)], self.level))
+    def adapt(self, depth, level=None):
+        """Candidate `level`; without, the one that is looked at outside training. (B, 1, H, W) -> the same"""
+        return self(depth, torch.full([len(depth)], self.level if level is None else level))
 
     def forward(self, depth, choice):
         """depth (B, 1, H, W), candidate of each sample int64 (B,), on the CPU -> (B, 1, H, W)"""
@@ -1819,11 +1820,8 @@ class Run:
         return Path(self.cfg.out, f"{kind}-{self.kimg:010.3f}.{suffix}")
 
 
-TRAINED = ("G", "D", "G_ema", "opt_g", "opt_d")  # what a checkpoint holds the states of
-
-
 def build(cfg, device):
-    """Everything that a run trains, the same in every process. -> {name of TRAINED: module or optimiser}"""
+    """Everything that a run trains, the same in every process. -> {name: module or optimiser}"""
     seed_draws(cfg.seed, -1, "init", 0)
     G = Generator(cfg).to(device)
     D = Discriminator(cfg).to(device)
@@ -1834,21 +1832,18 @@ def build(cfg, device):
     return dict(G=G, D=D, G_ema=G_ema, opt_g=opt_g, opt_d=opt_d)
 
 
-class Averages:
+class Averages(dict):
     """Means of what is logged, over steps and processes. Every process must add the same names."""
-
-    def __init__(self):
-        self.values = {}
 
     def add(self, **values):
         for name, value in values.items():
-            self.values.setdefault(name, []).append(value.detach().float())
+            self.setdefault(name, []).append(value.detach().float())
 
     def result(self):
         """-> {name: number or list}, and begins anew"""
         means = {}
-        for name in sorted(self.values):
-            mean = torch.stack(self.values.pop(name)).mean(0)
+        for name in sorted(self):
+            mean = torch.stack(self.pop(name)).mean(0)
             means[name] = mean_over_processes(mean).tolist()
         return means
 
@@ -1970,16 +1965,15 @@ def training_step(run, batch, stats):
 
 def choose_device(wanted, precision="tf32"):
     """wanted: as --device. -> torch.device, with PyTorch set up for it"""
-    if wanted == "cpu" or not torch.cuda.is_available():
-        if wanted == "cuda":
-            raise UserError("--device cuda: this PyTorch finds no GPU that it can use; leave --device out")
+    gpus = 0 if wanted == "cpu" else torch.cuda.device_count()
+    if gpus <= LOCAL_RANK and (gpus or wanted == "cuda"):
+        raise UserError(f"--device {wanted}: process {LOCAL_RANK} finds {gpus} GPUs; start fewer, or use cpu")
+    if not gpus:
         # glibc: freed memory stays with the process, since new pages cost more than the arithmetic on them.
         with contextlib.suppress(OSError, AttributeError, TypeError):
             ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
             ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD
         return torch.device("cpu")
-    if torch.cuda.device_count() <= LOCAL_RANK:
-        raise UserError(f"more processes than this machine's {torch.cuda.device_count()} GPUs; start fewer")
     torch.cuda.set_device(LOCAL_RANK)
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
     torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
@@ -1995,8 +1989,9 @@ def join_processes(device, timeout=600):
 
 
 def append_line(path, entry):
-    with open(path, "a") as f:
-        f.write(json.dumps(entry) + "\n")
+    if RANK == 0:
+        with open(path, "a") as f:
+            f.write(json.dumps(entry) + "\n")
 
 
 def checkpoints(folder):
@@ -2007,7 +2002,7 @@ def checkpoints(folder):
 
 def snapshot(run):
     """Checkpoint, of plain tensors and numbers, and samples. The newest 8 stay. Draws need no state in it."""
-    state = {name: getattr(run, name).state_dict() for name in TRAINED}
+    state = {name: getattr(run, name).state_dict() for name in ("G", "D", "G_ema", "opt_g", "opt_d")}
     with atomic(run.file("checkpoint", "pt")) as temporary:
         torch.save(dict(state, config=asdict(run.cfg), step=run.step, images=run.images), temporary)
         with open(temporary, "rb") as f:
@@ -2023,38 +2018,38 @@ def load_checkpoint(*paths):
     if folder.is_dir():
         paths = [path for _, path in checkpoints(folder)]
     if not paths:
-        raise UserError(f"--resume: no checkpoint in {folder}; name one, or the folder of a run")
+        raise UserError(f"no checkpoint in {folder}; name one, or the folder of a run")
     for path in paths:
         try:
             state = load_tensors(path, "file", mmap=True)
             with zipfile.ZipFile(path) as parts:
                 if parts.testzip():
                     raise zipfile.BadZipFile("its checksum is wrong")
-            cfg, state = Config(**state["config"]), {k: state[k] for k in ("step", "images", *TRAINED)}
+            cfg = Config(**state["config"])
             validate(replace(cfg, metrics=""), 1)  # some that there were are in tools/evaluate.py now
             return Path(path), cfg, state
         except Exception as e:  # whatever a damaged or foreign file leads to
-            what = f"--resume {path}: gone, damaged, or not a checkpoint of this program ({e})"
+            what = f"{path}: gone, damaged, or not a checkpoint of this program ({e})"
             if path == paths[-1]:
                 raise UserError(what) from None
             print(f"3dgp.py: warning: {what}; the checkpoint before it is taken", file=sys.stderr)
 
 
-def restore(path, state, **modules):
-    """Loads what a checkpoint's state holds of modules or optimisers. What does not fit is a UserError."""
-    try:
-        for name, module in modules.items():
-            module.load_state_dict(state[name])
-    except Exception:  # of other options or data, or damaged
-        raise UserError(f"--resume {path}: of networks that do not fit") from None
+def load_start(path):
+    """What --init names: a checkpoint, a run's newest, or what tools/publish.py wrote. -> states by name"""
+    published = Path(path, "model.safetensors")
+    if published.exists():
+        return dict(G_ema=load_tensors(published, "--init"), D={})
+    return load_checkpoint(path)[2]
 
 
-def load_generator(resume, device="auto"):
-    """The averaged generator of a checkpoint, or of a run's newest. -> Generator, path, kimg seen"""
-    path, cfg, state = load_checkpoint(resume)
-    G = Generator(cfg)
-    restore(path, state, G_ema=G)
-    return G.to(choose_device(device)).eval().requires_grad_(False), path, state["images"] / 1000
+def begin_with(path, module, given):
+    """Loads what fits of a state dict; what has another shape, or is not in it, begins anew: a line says."""
+    own = module.state_dict()
+    fits = {key: t for key, t in given.items() if key in own and t.shape == own[key].shape}
+    module.load_state_dict(fits, strict=False)
+    anew = ", ".join(key for key in own if key not in fits) or "nothing"
+    say(f"--init {path}: {type(module).__name__} begins with {len(fits)} tensors; anew: {anew}")
 
 
 def begin_folder(run):
@@ -2103,9 +2098,8 @@ def go_back(cfg, what, kimg, healthy):
     paths = [path for at, path in every if at <= healthy] or [every[-1][1]]
     path, _, state = load_checkpoint(*paths[min(before, len(paths) - 1) :])
     back = state["images"] / 1000
-    if RANK == 0:
-        append_line(Path(cfg.out, "log.jsonl"), dict(kimg=back, diverged=kimg, reason=what))
-        tqdm.write(f"{said}; back to {path.name}, learning rates halved", file=sys.stderr)
+    append_line(Path(cfg.out, "log.jsonl"), dict(kimg=back, diverged=kimg, reason=what))
+    say(f"{said}; back to {path.name}, learning rates halved", sys.stderr)
     return replace(cfg, resume=str(path), recoveries=(*cfg.recoveries, back)), state
 
 
@@ -2126,6 +2120,7 @@ def open_run(cfg, state, stop):
     """Data, teacher and networks, and what a checkpoint's state holds of them; all processes meet. -> Run"""
     share = validate(cfg, WORLD)
     device = choose_device(cfg.device, cfg.precision)
+    start = load_start(cfg.init) if cfg.init and not state else None  # before data are prepared for hours
     data = open_data(cfg)
     teacher = Teacher(cfg.teacher, cfg.teacher_weights).to(device) if cfg.teacher != "none" else None
     sizes = dict(num_classes=data.num_classes, teacher_dim=teacher.dim if teacher else 0)
@@ -2134,8 +2129,16 @@ def open_run(cfg, state, stop):
     trained = build(cfg, device)
     run = Run(cfg, data, torch.from_numpy(data.labels).to(device), teacher, stop, **trained)
     if state:
-        restore(cfg.resume, state, **trained)
-        run.step = state["images"] // cfg.batch_size
+        try:
+            run.step = state["images"] // cfg.batch_size
+            for name, part in trained.items():
+                part.load_state_dict(state[name])
+        except Exception:  # of other options or data, or damaged
+            raise UserError(f"--resume {cfg.resume}: of networks that do not fit") from None
+    elif start:
+        begin_with(cfg.init, run.G, start["G_ema"])
+        begin_with(cfg.init, run.D, start["D"])
+        run.G_ema.load_state_dict(run.G.state_dict())
     return run
 
 
@@ -2147,19 +2150,17 @@ def evaluate(run, detector, reals):
     n_flat = max((n for kind, _, n in wanted if kind == "nfs"), default=0)
     n = max((n for kind, _, n in wanted if kind != "nfs"), default=0)
     fake, flat = measure_samples(run.G_ema, run.labels, detector, n, n_flat)
-    result = {}
+    entry = dict(kimg=run.kimg, data=cfg.data, reals=cfg.reals)
     for kind, count, n in wanted:
         if kind == "nfs":
-            result[f"nfs{count}"] = float(flat[:n].mean())
+            name, value = f"nfs{count}", float(flat[:n].mean())
         else:
-            result[f"fid{count}{detector.label}"] = frechet_distance(reals, gaussian(fake[:n]))
-
-    if RANK == 0 and result:
-        path = Path(cfg.out, "metrics.jsonl")
-        append_line(path, dict(kimg=run.kimg, data=cfg.data, reals=cfg.reals, **result))
-        for name, value in result.items():
-            why = ", of too few images?" if math.isnan(value) else ""
-            tqdm.write(f"{run.kimg:g} kimg: {name} {value:.4g}{why}")
+            name, value = f"fid{count}{detector.label}", frechet_distance(reals, gaussian(fake[:n]))
+        entry[name] = value
+        why = ", of too few images?" if math.isnan(value) else ""
+        say(f"{run.kimg:g} kimg: {name} {value:.4g}{why}")
+    if wanted:
+        append_line(Path(cfg.out, "metrics.jsonl"), entry)
 
 
 def train_until_trouble(cfg, state, stop):  # noqa: C901, PLR0915 (the loop, from top to bottom)
@@ -2203,8 +2204,7 @@ def train_until_trouble(cfg, state, stop):  # noqa: C901, PLR0915 (the loop, fro
                     return what, run.kimg, healthy
                 history.append(entry)
                 healthy = run.kimg
-                if RANK == 0:
-                    append_line(Path(cfg.out, "log.jsonl"), entry)
+                append_line(Path(cfg.out, "log.jsonl"), entry)
                 bar.set_postfix(G=entry["loss_g"], D=entry["loss_d_fake"])
 
             if RANK == 0 and run.due(cfg.snapshot_kimg):
@@ -2239,7 +2239,7 @@ def tile(cells, columns):
     starts = range(0, len(cells) - columns + 1, columns)
     lines = [np.concatenate(cells[i : i + columns], 1) for i in starts]
     zoom = -(-96 // cells[0].shape[1])
-    return PIL.Image.fromarray(np.concatenate(lines, 0).repeat(zoom, 0).repeat(zoom, 1))
+    return Image.fromarray(np.concatenate(lines, 0).repeat(zoom, 0).repeat(zoom, 1))
 
 
 def write_image(image, path):
@@ -2342,11 +2342,12 @@ def validate(cfg, world):
 
 def resolve(given):
     """The options given -> Config, and the state to go on from or None. What is not given stays as it was."""
-    if not given.get("data", "shapes"):
+    data = given.get("data", "shapes")
+    if not data:
         raise UserError("--data: is empty; name a folder or a zip of images")
-    if given.get("data", "shapes") not in DATA_PRESETS:
-        given = {**given, "data": os.path.realpath(given["data"])}
-    out = Path(given.get("out") or Path("runs", Path(given.get("data", "shapes")).stem))
+    if data not in DATA_PRESETS:
+        given = {**given, "data": os.path.realpath(data)}
+    out = Path(given.get("out") or Path("runs", Path(data).stem))
     resume = given.get("resume", "")
     if not resume or resume == "auto" and not checkpoints(out):
         if Path(out, "config.json").exists() and not resume:
@@ -2358,7 +2359,7 @@ def resolve(given):
         raise UserError(f"--preset {cfg.preset}: {path} is of {saved.preset}; start a new run")
     if Path(cfg.out, "config.json").exists() and not path.parent.samefile(cfg.out):
         raise UserError(f"--out {cfg.out}: holds another run than {path}; name another folder")
-    if os.path.realpath(cfg.data) != os.path.realpath(saved.data) and "out" not in given:
+    if cfg.data != saved.data and "out" not in given:
         raise UserError(f"--data {cfg.data}: {path} is of {saved.data}; name another --out, or this one anew")
     say(f"going on with {path}, on {cfg.data}")
     return cfg, state
@@ -2391,8 +2392,7 @@ def run_program(name, work):
 
 def main(argv=None):
     """-> exit status"""
-    about = "3DGP: a 3D GAN for any category, from unposed photographs. What comes after is in tools/. "
-    about += "Defaults are the published ones at 256²; --preset and --data change them, as PRESETS says."
+    about = "3DGP, as published at 256²; --preset and --data change that, as PRESETS says. More is in tools/."
     return run_program("3dgp.py", lambda: train(*resolve(parse_options(Config, "3dgp.py", about, argv))))
 
 

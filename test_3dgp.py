@@ -1655,7 +1655,8 @@ def test_adaptor_computes_the_chosen_candidates():
     for choice in ([2, 0, 3, 1, 3, 0], [0] * 6, [3] * 6):
         choice = torch.tensor(choice)
         adapted = adaptor(depth, choice)
-        expected = adaptor.candidates(depth)[choice, torch.arange(6)]
+        candidates = torch.stack([adaptor.adapt(depth, level) for level in range(4)])  # (4, 6, 1, 8, 8)
+        expected = candidates[choice, torch.arange(6)]
         assert torch.allclose(adapted, expected, atol=1e-6)
 
         adapted.sum().backward()
@@ -1668,7 +1669,7 @@ def test_adaptor_computes_the_chosen_candidates():
 def test_outside_training_the_last_trained_candidate_is_seen(kind, level):
     adaptor = m.DepthAdaptor(micro(depth_adaptor=kind))
     depth = torch.rand(2, 1, 8, 8) * 0.5 + 0.75
-    assert torch.allclose(adaptor.adapt(depth), adaptor.candidates(depth)[level], atol=1e-6)
+    assert torch.allclose(adaptor.adapt(depth), adaptor.adapt(depth, level), atol=1e-6)
 
 
 def test_in_two_dimensions_the_backbone_paints_the_picture():
@@ -2180,7 +2181,7 @@ def tensors_of(out):
 
 def assert_same_tensors(a, b):
     assert a.keys() == b.keys()
-    assert len(a) > 100
+    assert len(a) > 10
     for name in a:
         assert torch.equal(a[name], b[name]), name
 
@@ -2558,11 +2559,12 @@ def bad_checkpoints(run, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_damaged_or_foreign_checkpoint_is_one_line_and_runs_nothing(bad_checkpoints):
+def test_a_damaged_or_foreign_checkpoint_is_one_line_and_runs_nothing(bad_checkpoints, capsys):
     for path in bad_checkpoints:
-        with pytest.raises(m.UserError, match=path.name) as error:
-            m.load_generator(path)
-        assert "\n" not in str(error.value)
+        status, err = run_main(capsys, "--resume", path)
+        assert status == 2
+        assert path.name in err
+        assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
@@ -2667,7 +2669,7 @@ def test_a_checkpoint_may_name_metrics_of_before(run, tmp_path):
     state = torch.load(newest(run), weights_only=True)
     state["config"]["metrics"] = "fid2k,is2k"
     torch.save(state, tmp_path / newest(run).name)
-    assert m.load_generator(tmp_path)[2] == 0.048
+    assert m.load_checkpoint(tmp_path)[2]["images"] == 48
 
 
 def test_of_runs_that_begin_at_the_same_moment_one_gets_the_folder(tmp_path, capsys):
@@ -3048,12 +3050,90 @@ def test_two_hosts(tmp_path, network_namespaces):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Fine-tuning: a run that begins with the networks of another
+
+
+def test_a_run_may_begin_with_the_networks_of_another(run, tmp_path, capsys):
+    out = train_micro(tmp_path / "fine", "--init", str(run), kimg=0.016)
+    said = capsys.readouterr().out
+    first = torch.load(out / "checkpoint-000000.000.pt", weights_only=True)
+    before = checkpoint(run)
+
+    assert_same_tensors(first["G"], before["G_ema"])
+    assert_same_tensors(first["G_ema"], before["G_ema"])
+    assert_same_tensors(first["D"], before["D"])
+    assert first["step"] == 0
+    assert not first["opt_g"]["state"]
+    assert f"--init {run}: Generator begins with {len(before['G'])} tensors; anew: nothing" in said
+    assert f"--init {run}: Discriminator begins with {len(before['D'])} tensors; anew: nothing" in said
+
+    # Gone on with, it does not begin again.
+    begun = checkpoint(out)
+    assert m.main(["--resume", "latest", "--out", str(out), "--kimg", "0.032"]) == 0
+    assert checkpoint(out)["step"] == 2
+    assert_same_tensors(torch.load(out / "checkpoint-000000.016.pt", weights_only=True)["G"], begun["G"])
+
+
+def test_what_does_not_fit_begins_anew_and_is_named(run, tmp_path, capsys):
+    """Photographs of two classes, with no depth, after eight kinds of solids."""
+    photos = make_folder(tmp_path / "photos")
+    out = tmp_path / "fine"
+    train_micro(out, "--init", str(newest(run)), kimg=0.016, data=photos, depth="none")
+    said = capsys.readouterr().out
+    first = torch.load(out / "checkpoint-000000.000.pt", weights_only=True)
+    before = checkpoint(run)
+
+    for name in ("G", "D"):
+        source = before["G_ema" if name == "G" else name]
+        new = {key for key, t in first[name].items() if key not in source or t.shape != source[key].shape}
+        assert 0 < len(new) < len(first[name]) / 2
+        same = {key: t for key, t in first[name].items() if key not in new}
+        assert_same_tensors(same, {key: source[key] for key in same})
+        assert all(key in said for key in new)
+    assert "mapping_network.embed.weight" in said
+    assert "b16.fromrgb.weight" in said
+
+
+def test_a_run_may_begin_with_a_published_generator(run, tmp_path, capsys):
+    average = checkpoint(run)["G_ema"]
+    model = tmp_path / "model"
+    model.mkdir()
+    safetensors.torch.save_file(average, model / "model.safetensors")
+
+    out = train_micro(tmp_path / "fine", "--init", str(model), kimg=0.016)
+    first = torch.load(out / "checkpoint-000000.000.pt", weights_only=True)
+    assert_same_tensors(first["G"], average)
+    assert_same_tensors(first["G_ema"], average)
+    assert "Discriminator begins with 0 tensors" in capsys.readouterr().out
+
+    for content in (b"", b"no tensors", (model / "model.safetensors").read_bytes()[:-9]):
+        (model / "model.safetensors").write_bytes(content)
+        status, err = run_main(capsys, "--init", model, "--out", tmp_path / "none", *flags(**MICRO))
+        assert status == 2
+        assert f"--init {model}/model.safetensors: not a readable file of tensors" in err
+
+
+@pytest.mark.parametrize("what, reason", [("nowhere", "no such file"), (".", "no checkpoint in ")])
+def test_a_run_that_cannot_begin_leaves_nothing(tmp_path, monkeypatch, capsys, what, reason):
+    """And data are not prepared before."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(m, "open_data", None)
+    status, err = run_main(capsys, "--init", what, *flags(**MICRO))
+    assert status == 2
+    assert reason in err
+    assert err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Pictures
 
 
 def test_samples_are_four_views_of_each_scene_over_their_depth(run, tmp_path):
     """4 scenes of 4 views in a row, pictures of 16² enlarged to 96²; a function of the generator alone."""
-    G, *_ = m.load_generator(run)
+    _, cfg, state = m.load_checkpoint(run)
+    G = m.Generator(cfg).eval()
+    G.load_state_dict(state["G_ema"])
     for name in ("a.png", "b.png"):
         m.write_samples(G, torch.arange(8), tmp_path / name)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
@@ -3588,7 +3668,7 @@ def run_tool(capsys, name, *argv):
 
 
 BAD_INPUT_OF_TOOLS = [
-    ("sample", [], "--resume: no checkpoint in .; name one"),
+    ("sample", [], "no checkpoint in .; name one"),
     ("sample", ["--resume", "EMPTY"], "no checkpoint in"),
     ("sample", ["--frames", "0"], "--frames, --fps: must be 1 or more"),
     ("sample", ["--resolution", "-5"], "--resolution 2 or more"),
@@ -3660,7 +3740,7 @@ def test_evaluate_needs_a_metric(run, capsys, metrics, message):
 @with_tools
 def test_sample_writes_what_was_asked_for(run, tmp_path):
     pytest.importorskip("skimage", reason="scikit-image is not installed")
-    G, *_ = m.load_generator(run)
+    G, *_ = tool("load").open_generator(run)
     bias = G.decoder.model[1].effective()[1][3]
     options = flags(
         resume=run,
@@ -3775,7 +3855,7 @@ def test_truncation_draws_to_the_mean_of_the_class(run, tmp_path, monkeypatch):
     assert (whole[:, 0] - whole[:, 1]).abs().max() > 0.1
 
     # It is the mean that another 20,000 draws have.
-    G, *_ = m.load_generator(run)
+    G, *_ = tool("load").open_generator(run)
     for i, label in enumerate((0, 4)):
         w = G.mapping(torch.randn(20_000, 8), torch.full((20_000,), label))
         assert torch.allclose(mean[i, 0], w.mean(0), atol=0.1)
@@ -4041,7 +4121,7 @@ def test_in_bf16_a_model_has_half_the_size_and_nearly_the_same_pictures(run, pub
     sizes = [(folder / "model.safetensors").stat().st_size for folder in (tmp_path / "half", published)]
     assert sizes[0] < 0.7 * sizes[1]  # of so small a model the names of the weights are a part
 
-    own, *_ = m.load_generator(run)
+    own, *_ = tool("load").open_generator(run)
     G, *_ = tool("load").open_generator(tmp_path / "half")
     for (name, x), y in zip(G.named_parameters(), own.parameters(), strict=True):
         assert x.dtype == torch.float32
@@ -4865,7 +4945,8 @@ def test_reference_depth_adaptor():
     d = load("depth_adaptor")
     adaptor = m.DepthAdaptor(golden_config(near=float(d["near"]), far=float(d["far"])))
     adaptor.load_state_dict(parameters(d))
-    agree(adaptor.candidates(d["depth"]), d["adapted_per_level"])
+    for level, expected in enumerate(d["adapted_per_level"]):
+        agree(adaptor.adapt(d["depth"], level), expected)
 
 
 @reference

@@ -190,12 +190,10 @@ def compare_depth(adaptor, image, depth, real, true_depth):
         return found
 
     estimated = real[:, 3:]  # (n, 1, R, R)
-    true_candidates = adaptor.candidates(true_depth)  # (4, n, 1, R, R)
-    candidates = adaptor.candidates(depth)  # (4, n, 1, R, R)
     estimated_gaussian = tdgp.gaussian(tdgp.area8(estimated))
     for name, level in (("raw", 0), ("adapted", adaptor.level)):
-        found[f"depth_error_{name}"] = float((true_candidates[level] - estimated).abs().mean())
-        rendered_gaussian = tdgp.gaussian(tdgp.area8(candidates[level]))
+        found[f"depth_error_{name}"] = float((adaptor.adapt(true_depth, level) - estimated).abs().mean())
+        rendered_gaussian = tdgp.gaussian(tdgp.area8(adaptor.adapt(depth, level)))
         found[f"depth_fd_{name}"] = tdgp.frechet_distance(estimated_gaussian, rendered_gaussian)
     return found
 

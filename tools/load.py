@@ -22,29 +22,38 @@ CONFIG = "config.json"
 
 
 def open_generator(resume, device="auto"):
-    """load_generator of 3dgp.py, which also takes a published folder, or hf:owner/name[@revision] of the Hub.
-    -> Generator, path, kimg seen. What is made with it belongs beside `path`, which for a model of the Hub
-    lies in the folder owner--name (not made here). UserError for whatever cannot be opened."""
+    """The averaged generator of a checkpoint, a run's newest, a published folder, or a model of the Hub,
+    hf:owner/name[@revision]. -> Generator, path, kimg seen. What is made with it belongs beside `path`, which
+    for the Hub's lies in the folder owner--name (not made here). UserError for what cannot be opened."""
+    is_weights = Path(resume).name == WEIGHTS
     if str(resume).startswith("hf:"):
-        folder, place = download(resume)
+        path, cfg, state, images = open_published(*download(resume))
+    elif is_weights or Path(resume, WEIGHTS).exists():
+        folder = Path(resume).parent if is_weights else Path(resume)
+        path, cfg, state, images = open_published(folder, folder)
     else:
-        folder = place = Path(resume).parent if Path(resume).name == WEIGHTS else Path(resume)
-        if not (folder / WEIGHTS).exists():
-            return tdgp.load_generator(resume, device)
+        path, cfg, everything = tdgp.load_checkpoint(resume)
+        state, images = everything["G_ema"], everything["images"]
+
+    try:
+        G = tdgp.Generator(cfg)
+        G.load_state_dict(state)  # bf16 becomes float32 here
+    except Exception:  # damaged, or of another version
+        raise refusal(path, "of networks that do not fit") from None
+    return G.to(tdgp.choose_device(device)).eval().requires_grad_(False), path, images / 1000
+
+
+def open_published(folder, place):
+    """-> where its weights would lie in the folder `place`, Config, state dict, images seen"""
+    cfg, images = read_config(folder / CONFIG)
 
     # Names and shapes are compared with a network that takes no memory: sizes may be absurd.
-    cfg, images = read_config(folder / CONFIG)
     try:
         with torch.device("meta"):
             expected = tdgp.Generator(cfg).state_dict()
     except Exception as e:  # of sizes that no network can have
         raise refusal(folder / CONFIG, f"describes no network ({type(e).__name__})") from None
-    state = read_weights(folder / WEIGHTS, expected)
-
-    G = tdgp.Generator(cfg)
-    G.load_state_dict(state)  # bf16 becomes float32 here
-    G = G.to(tdgp.choose_device(device)).eval().requires_grad_(False)
-    return G, place / WEIGHTS, images / 1000
+    return place / WEIGHTS, cfg, read_weights(folder / WEIGHTS, expected), images
 
 
 def refusal(path, what):

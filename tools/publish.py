@@ -47,7 +47,7 @@ def publish(options):
     """Writes the folder of a run's averaged generator: all of it, or nothing."""
     folder = Path(options.folder).resolve()
     check_options(options, folder)
-    G, path, kimg = tdgp.load_generator(options.run, "cpu")
+    G, path, kimg = load.open_generator(options.run, "cpu")
     G.cfg = shared_config(G.cfg)
     state = published_state(G, options.dtype)
 

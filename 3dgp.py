@@ -327,23 +327,31 @@ def to_rgb(image):
 
 
 def read_depth(content):
-    """Depth from the bytes of a gray picture -> float32 (H, W), NaN where a sensor has not measured."""
+    """Depth from the bytes of a gray picture, in its own numbers -> (H, W)"""
     with Image.open(io.BytesIO(content)) as image:
         image = ImageOps.exif_transpose(image)
         depth = np.atleast_3d(image.convert("RGB") if image.mode == "P" else image)  # (H, W, 1 to 4)
     if depth.shape[2] > 2 and (depth[..., :1] != depth[..., 1:3]).any():
         raise ValueError("a picture of depth, not depth: it has colours")
-    return mark_holes(depth[..., 0])
+    return depth[..., 0]
 
 
-def mark_holes(depth):
-    """NaN for zeros far from all other values, which mean "not measured"; maps from 0 to 65535 have none."""
-    if depth.min() == 0 and depth.max() != 65535:
-        levels = np.unique(depth)
-        gaps = np.diff(levels)
-        holes = gaps.size > 1 and gaps[0] > max(4 * np.median(gaps[1:]), 0.05 * levels.mean())
-        depth = np.where(holes & (depth == 0), np.nan, depth)
-    return np.float32(depth)
+def fill_holes(depth):
+    """What a sensor has not measured, NaN, or zeros far from all other values (but in maps from 0 to 65535),
+    becomes as what is beside it in its row, or else in its column. (H, W) -> float32 (H, W)"""
+    depth = np.array(depth, np.float32)
+    levels = np.unique(depth[np.isfinite(depth)])
+    gaps = np.diff(levels)
+    spike = gaps.size > 1 and gaps[0] > max(4 * np.median(gaps[1:]), 0.05 * levels.mean())
+    if spike and levels[0] == 0 and levels[-1] != 65535:
+        depth[depth == 0] = np.nan
+    if np.isfinite(depth).mean() < 0.1 or not depth.any():
+        raise ValueError("less than a tenth of its depth is measured")
+    for line in (*depth, *depth.T):
+        known = np.isfinite(line)
+        if known.any() and not known.all():
+            line[~known] = np.interp(np.flatnonzero(~known), np.flatnonzero(known), line[known])
+    return depth
 
 
 def to_unit(x):
@@ -355,7 +363,7 @@ def fit_depth(depth, size, new_size):
     """Cuts a map (H, W) as its picture of size (w, h) is cut, whatever the map's own size. -> new_size"""
     depth = Image.fromarray(depth)
     if (size[0] / size[1] - 1) * (depth.width / depth.height - 1) < -0.01:  # one is upright, the other is not
-        raise ValueError(f"the picture is {size[0]} x {size[1]}, its depth {depth.width} x {depth.height}")
+        raise ValueError(f"width and height of the picture are {size}, those of its depth {depth.size}")
     share = min(size) / np.array(size)  # of width and height: the picture's largest centred square
     box = *((1 - share) / 2 * depth.size), *((1 + share) / 2 * depth.size)
     return np.asarray(depth.resize(new_size, Image.BILINEAR, box))
@@ -387,8 +395,7 @@ def open_zip(path, pid):
 
 class ImageData:
     """Images of a folder or zip: flat, a folder per class, or with dataset.json; depth in `<name>_depth.png`.
-    The item of an unreadable image is the next readable one; a line names it. A wrong layout, or 100 images
-    in a row that are unreadable, is a UserError."""
+    An unreadable image's item is the next one's: a line names it. 100 in a row, a wrong layout: UserError"""
 
     def __init__(self, cfg, source):
         self.source = Path(source)
@@ -412,10 +419,10 @@ class ImageData:
         if endings:
             say(f"{source}: not read, by ending: {dict(endings)}")
 
-        missing = [name for name in self.names if not found[depth_name(name)]]
-        self.has_depth = len(missing) < len(self.names)
-        if cfg.depth != "none" and self.has_depth and missing:
-            what = f"{len(missing)} of {len(self.names)} images have no depth, the first is {missing[0]}"
+        self.has_depth = any(self.depths)
+        if cfg.depth != "none" and self.has_depth and None in self.depths:
+            first = self.names[self.depths.index(None)]
+            what = f"{self.depths.count(None)} of {len(self)} images have no depth, the first is {first}"
             raise UserError(f"--data {source}: {what}; make it by lereS_depth.py, or train with --depth none")
         self.labels = self.read_labels(files)  # int64 (N,), empty without classes
         self.num_classes = int(self.labels.max(initial=-1)) + 1
@@ -448,10 +455,9 @@ class ImageData:
     def read_labels(self, files):
         """Class of every image, by dataset.json or the first-level folders. -> int64 (N,), or empty"""
         top = os.path.commonpath([os.path.dirname(name) for name in self.names])  # archives have one folder
-        found = Names({f: f for f in files})
-        above = [Path(top), *Path(top).parents]
-        listings = [found[str(folder / "dataset.json")] for folder in above]
-        listing = next(filter(None, listings), None)
+        listings = [f for f in files if re.search(r"(?i)(^|/)dataset\.json$", f)]
+        listings = [f for f in listings if Path(top).is_relative_to(Path(f).parent)]
+        listing = max(listings, key=len, default=None)  # the one nearest to the images
         if listing:
             table = self.read_listing(listing)
         else:
@@ -496,9 +502,7 @@ class ImageData:
         pixels = np.asarray(ImageOps.fit(image, size, Image.LANCZOS))
         item = dict(image=torch.from_numpy(pixels.transpose(2, 0, 1).copy()))
         if self.cfg.depth != "none":
-            depth = fit_depth(read_depth(self.read(self.depths[i])), image.size, size)
-            if not np.isfinite(depth).all():
-                raise ValueError("its depth has holes; lereS_depth.py --depth-from fills them")
+            depth = fit_depth(fill_holes(read_depth(self.read(self.depths[i]))), image.size, size)
             item["depth"] = torch.from_numpy(2 * to_unit(depth) - 1)[None]
         return item
 
@@ -540,9 +544,8 @@ def signed_distance(solid, points):
 
 
 class ShapesData:
-    """Solids on checkered ground under a sky, from cameras whose distribution is known. Item i is a function
-    of i alone, and has true_depth float32 (1, R, R) in world units (sky: cfg.far) and camera float32 (6,),
-    the `camera_parameters`. Estimated depth is the true one to some power, with a smooth error."""
+    """Solids on checkered ground under a sky, from cameras of a known distribution. Item i is a function of i
+    alone: true_depth float32 (1, R, R), world units (sky: cfg.far); camera float32 (6,), camera_parameters"""
 
     GROUND = -0.11  # its height
     num_classes = len(SOLIDS)
@@ -2048,7 +2051,7 @@ def begin_with(path, module, given):
     own = module.state_dict()
     fits = {key: t for key, t in given.items() if key in own and t.shape == own[key].shape}
     module.load_state_dict(fits, strict=False)
-    anew = ", ".join(key for key in own if key not in fits) or "nothing"
+    anew = ", ".join(sorted(own.keys() - fits.keys())) or "nothing"
     say(f"--init {path}: {type(module).__name__} begins with {len(fits)} tensors; anew: {anew}")
 
 
@@ -2058,7 +2061,7 @@ def begin_folder(run):
     reals = real_images(torch.utils.data.default_collate([run.data[i] for i in spread]), "cpu")
     folder = Path(run.cfg.out)
     folder.mkdir(parents=True, exist_ok=True)
-    if not run.cfg.resume:  # of two runs that begin at the same moment, one takes it
+    if run.cfg.resume in ("", "auto"):  # of two runs that begin at the same moment, one takes it
         (folder / "config.json").touch(exist_ok=False)
     for path in folder.glob(".*.tmp"):  # of a process that was killed
         path.unlink()
@@ -2147,9 +2150,8 @@ def evaluate(run, detector, reals):
     of processes. detector: None where none needs one; reals: mean, covariance of its features of the data"""
     cfg = run.cfg
     wanted = parse_metrics(cfg.metrics)
-    n_flat = max((n for kind, _, n in wanted if kind == "nfs"), default=0)
-    n = max((n for kind, _, n in wanted if kind != "nfs"), default=0)
-    fake, flat = measure_samples(run.G_ema, run.labels, detector, n, n_flat)
+    most = {kind: n for kind, _, n in sorted(wanted, key=lambda metric: metric[2])}  # the largest n stays
+    fake, flat = measure_samples(run.G_ema, run.labels, detector, most.get("fid", 0), most.get("nfs", 0))
     entry = dict(kimg=run.kimg, data=cfg.data, reals=cfg.reals)
     for kind, count, n in wanted:
         if kind == "nfs":
@@ -2197,9 +2199,7 @@ def train_until_trouble(cfg, state, stop):  # noqa: C901, PLR0915 (the loop, fro
             if run.due(cfg.log_kimg):
                 speed = (run.images - tick[1]) / (time.time() - tick[0])
                 entry = dict(kimg=run.kimg, **stats.result())
-                if device.type == "cuda":
-                    entry.update(memory_mb=torch.cuda.max_memory_allocated(device) / 2**20)
-                entry.update(images_per_second=round(speed, 2), schedules=schedules(cfg, run.kimg))
+                entry.update(images_per_second=speed, schedules=schedules(cfg, run.kimg))
                 if cfg.guard == "on" and (what := diagnose(entry, history)):
                     return what, run.kimg, healthy
                 history.append(entry)
@@ -2323,6 +2323,7 @@ def validate(cfg, world):
             require(value > 4 and value.bit_count() == 1, f"{flag} {value}: must be a power of two from 8 on")
 
     R, P = cfg.resolution, cfg.patch_resolution
+    require(cfg.data, "--data: is empty; name a folder or a zip of images")
     require(cfg.dims == 3 or cfg.depth == "none", "--dims 2: a picture has no depth; add --depth none")
     require(P <= R, f"--patch-resolution {P}: larger than --resolution {R}")
     require(cfg.prior_pitch[1] <= math.pi, "--prior-pitch: must lie between 0 and pi")
@@ -2343,15 +2344,14 @@ def validate(cfg, world):
 def resolve(given):
     """The options given -> Config, and the state to go on from or None. What is not given stays as it was."""
     data = given.get("data", "shapes")
-    if not data:
-        raise UserError("--data: is empty; name a folder or a zip of images")
-    if data not in DATA_PRESETS:
+    if data and data not in DATA_PRESETS:
         given = {**given, "data": os.path.realpath(data)}
     out = Path(given.get("out") or Path("runs", Path(data).stem))
     resume = given.get("resume", "")
     if not resume or resume == "auto" and not checkpoints(out):
         if Path(out, "config.json").exists() and not resume:
             raise UserError(f"--out {out}: holds a run; go on by --resume latest, or name another folder")
+        Path(out, "config.json").unlink(missing_ok=True)  # of a start that was killed
         return make_config({**given, "out": str(out)}), None
     path, saved, state = load_checkpoint(out if resume in ("latest", "auto") else resume)
     cfg = replace(saved, **{"out": str(path.parent), **given, "resume": str(path)})

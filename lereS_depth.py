@@ -274,17 +274,16 @@ class Work:
     def ready_depth(self, i, size):
         """The ready map of photograph i, whose size is (w, h), cut as the photograph is. -> (R, R)"""
         depth = self.read_map(self.names[i])  # (H, W)
-        known = np.isfinite(depth) & ((depth > 0) | (not self.cfg.invert))
-        if known.mean() < 0.1 or not depth.any():
-            raise ValueError("less than a tenth of its map is measured")
         if self.cfg.invert:  # what was not measured is far: 10 times as far as the nearest, the limit of all
+            known = np.isfinite(depth) & (depth > 0)
+            if known.mean() < 0.1:
+                raise ValueError("less than a tenth of its depth is measured")
             depth = 1 / np.where(known, depth, 0).clip(min=0.1 * depth[known].max())
-        else:
-            depth = fill_holes(depth, known)
+        depth = tdgp.fill_holes(depth)
         return tdgp.fit_depth(depth, size, (self.cfg.resolution, self.cfg.resolution))
 
     def read_map(self, name):
-        """-> float32 (H, W), NaN where nothing was measured"""
+        """-> numbers (H, W), as the file has them"""
         stem = os.path.splitext(name)[0]
         for end in ("_depth.png", "_depth.npy", ".npy", ".png", "_depth.tiff", "_depth.tif", ".tiff", ".tif"):
             path = self.maps[stem + end]
@@ -292,21 +291,8 @@ class Work:
                 depth = np.load(path).squeeze() if "npy" in end else tdgp.read_depth(path.read_bytes())
                 if depth.ndim != 2 or depth.size == 0:
                     raise ValueError(f"{path} is no map: its shape is {depth.shape}")
-                return tdgp.mark_holes(depth)
+                return depth
         raise FileNotFoundError(f"no depth: neither {stem}.png, nor _depth.png, nor .npy")
-
-
-def fill_holes(depth, known):
-    """Where a map (H, W) is not known, the mean of what is around, from as near as there is. -> (H, W)"""
-    if known.all():
-        return depth
-    # Means of 2 x 2 pixels, by numpy: in a forked process torch waits for threads that are not there.
-    both = np.stack([np.where(known, depth, 0), known]).astype(np.float32)  # (2, H, W)
-    both = np.pad(both, ((0, 0), (0, len(depth) % 2), (0, depth.shape[1] % 2)))  # to even sides
-    value, share = both.reshape(2, both.shape[1] // 2, 2, -1, 2).mean((2, 4))  # (H / 2, W / 2)
-    coarse = fill_holes(value / np.maximum(share, 1e-6), share > 0)
-    coarse = PIL.Image.fromarray(coarse).resize(depth.shape[::-1], PIL.Image.BILINEAR)
-    return np.where(known, depth, coarse).astype(np.float32)
 
 
 WORK = None  # in worker processes: the photographs

@@ -1,8 +1,9 @@
 """Tests of 3dgp.py, lereS_depth.py and tools/: python -m pytest test_3dgp.py
 
-Nothing is downloaded. Three kinds of tests are skipped where what they need is missing:
+Nothing is downloaded. Four kinds of tests are skipped where what they need is missing:
 - tests of the programs in tools/, where that folder is not there;
 - the comparison with reference vectors at the end: set REFERENCE_VECTORS to their folder;
+- tests of what needs a GPU, a compiler, ffmpeg, scikit-image or trimesh;
 - tests that take minutes: set SLOW_TESTS=1.
 """
 
@@ -23,6 +24,7 @@ import resource
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -3663,10 +3665,10 @@ def test_sample_writes_what_was_asked_for(run, tmp_path):
     expected = {"grid.png", "cameras.png", "walk.webp", "walk.gif"}
     if shutil.which("ffmpeg"):
         expected.add("walk.mp4")
-    # Four files of each sample.
+    # Five files of each sample.
     names = [f"class{c:04d}-seed{seed:04d}" for c in (1, 2) for seed in (3, 5, 6)]
     for name in names:
-        for kind in ("mesh.ply", "points.ply", "depth.png", "adapted.png"):
+        for kind in ("mesh.ply", "mesh.glb", "points.ply", "depth.png", "adapted.png"):
             expected.add(f"{name}-{kind}")
     assert {path.name for path in tmp_path.iterdir()} == expected
 
@@ -3707,14 +3709,14 @@ def test_a_sample_that_fails_is_named_and_the_others_are_made(run, tmp_path, cap
             raise ValueError("--mesh-level 10: must lie between 0 and the largest density, 3")
         return np.zeros((3, 3)), np.zeros((3, 3)), np.array([[0, 1, 2]])
 
-    monkeypatch.setattr(sample, "extract_mesh", extract_mesh)
+    monkeypatch.setattr(sample.mesh, "extract_mesh", extract_mesh)
     with pytest.raises(SystemExit) as end:
         sample.main([*flags(resume=run, out=tmp_path, classes="0", seeds="0-2"), "--mesh", "--points"])
     assert end.value.code == 1
     assert "sample.py: class0000-seed0001: --mesh-level 10" in capsys.readouterr().err
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"grid.png", *(f"class0000-seed000{k}-points.ply" for k in range(3))} | {
-        f"class0000-seed000{k}-mesh.ply" for k in (0, 2)
+        f"class0000-seed000{k}-mesh.{kind}" for k in (0, 2) for kind in ("ply", "glb")
     }
 
 
@@ -3813,7 +3815,7 @@ def test_mesh_of_a_ball_is_closed_outward_and_renders_to_its_depth():
     pytest.importorskip("skimage", reason="scikit-image is not installed")
     G, planes = ball()
     cam = camera(yaw=0.3, pitch=1.3, fov=25)
-    vertices, _, faces = tool("sample").extract_mesh(G, planes, cam, 60.0, 96)
+    vertices, _, faces = tool("mesh").extract_mesh(G, planes, cam, 60.0, 96)
 
     # The surface is where the density is 60; each edge has two faces; these look outwards.
     radius = math.sqrt(0.15**2 - 2 * 60 / 20000)
@@ -3839,17 +3841,98 @@ def test_mesh_of_a_ball_is_closed_outward_and_renders_to_its_depth():
 def test_mesh_level_must_be_a_density_that_there_is():
     pytest.importorskip("skimage", reason="scikit-image is not installed")
     with pytest.raises(ValueError, match="--mesh-level"):
-        tool("sample").extract_mesh(*ball(), camera(), 1e6, 32)
+        tool("mesh").extract_mesh(*ball(), camera(), 1e6, 32)
 
 
 @with_tools
 def test_what_no_ray_saw_is_not_in_the_mesh():
     pytest.importorskip("skimage", reason="scikit-image is not installed")
     cam = camera()
-    vertices, _, _ = tool("sample").extract_mesh(*ball(radius=0.4), cam, 60.0, 48)
+    vertices, _, _ = tool("mesh").extract_mesh(*ball(radius=0.4), cam, 60.0, 48)
     distance = np.linalg.norm(vertices - m.cam2world(cam)[0, :3, 3].numpy(), axis=1)
     assert 0.73 < distance.min() < 0.78
     assert distance.max() < 1.27
+
+
+def read_glb(path):
+    """-> vertices (V, 3), linear colours (V, 3), faces (M, 3), all of the chunk of JSON"""
+    content = Path(path).read_bytes()
+    magic, version, length = struct.unpack_from("<4sII", content)
+    assert (magic, version, length) == (b"glTF", 2, len(content))
+
+    # Two chunks, which start and end at multiples of 4.
+    size, kind = struct.unpack_from("<I4s", content, 12)
+    assert kind == b"JSON"
+    assert size % 4 == 0
+    scene = json.loads(content[20 : 20 + size])
+    buffer_size, kind = struct.unpack_from("<I4s", content, 20 + size)
+    assert kind == b"BIN\0"
+    assert buffer_size % 4 == 0
+    buffer = content[28 + size :]
+    assert len(buffer) == buffer_size == scene["buffers"][0]["byteLength"]
+
+    arrays = []
+    kinds = {(5126, "VEC3"): ("<f4", 3), (5125, "SCALAR"): ("<u4", 1)}
+    for accessor in scene["accessors"]:
+        dtype, width = kinds[accessor["componentType"], accessor["type"]]
+        view = scene["bufferViews"][accessor["bufferView"]]
+        assert view["byteOffset"] % 4 == 0
+        assert view["byteLength"] == 4 * width * accessor["count"]
+        data = np.frombuffer(buffer, dtype, width * accessor["count"], view["byteOffset"])
+        arrays.append(data.reshape(-1, 3))
+    (primitive,) = scene["meshes"][0]["primitives"]
+    attributes = primitive["attributes"]
+    found = [arrays[i] for i in (attributes["POSITION"], attributes["COLOR_0"], primitive["indices"])]
+    return *found, scene
+
+
+@pytest.fixture(scope="module")
+def ball_files(tmp_path_factory):
+    """The mesh of a ball as ball.ply and ball.glb. -> their folder"""
+    pytest.importorskip("skimage", reason="scikit-image is not installed")
+    folder = tmp_path_factory.mktemp("ball")
+    surface = tool("mesh").extract_mesh(*ball(), camera(yaw=0.3, pitch=1.3, fov=25), 60.0, 48)
+    tool("mesh").write_ply(folder / "ball.ply", *surface)
+    tool("mesh").write_glb(folder / "ball.glb", *surface)
+    return folder
+
+
+@with_tools
+def test_glb_has_the_mesh_of_the_ply(ball_files):
+    points, colors, faces = read_ply(ball_files / "ball.ply")
+    vertices, linear, indices, scene = read_glb(ball_files / "ball.glb")
+    assert np.array_equal(vertices, points)
+    assert np.array_equal(indices, faces)
+    assert indices.max() == len(vertices) - 1
+    assert volume(vertices, indices) > 0.008  # outwards
+
+    # Readers fit the view by the bounds, which must be those of the numbers in the file.
+    bounds = scene["accessors"][scene["meshes"][0]["primitives"][0]["attributes"]["POSITION"]]
+    assert bounds["min"] == points.min(0).tolist()
+    assert bounds["max"] == points.max(0).tolist()
+
+    # Colours are linear. As a screen shows them, they are those of the PLY; here ramps, not all alike.
+    shown = np.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear ** (1 / 2.4) - 0.055)
+    assert abs(shown * 255 - colors).max() < 0.51
+    assert colors.std(0)[:2].min() > 10
+
+    # Nothing of the format is used that is not declared.
+    assert scene["asset"]["version"] == "2.0"
+    assert set(scene["materials"][0]["extensions"]) == set(scene["extensionsUsed"])
+
+
+@with_tools
+def test_another_reader_sees_the_same_mesh(ball_files):
+    trimesh = pytest.importorskip("trimesh", reason="trimesh is not installed")
+    points, _, faces = read_ply(ball_files / "ball.ply")
+    options = dict(force="mesh", process=False, skip_materials=True)  # else it passes over the colours
+    loaded = trimesh.load(ball_files / "ball.glb", **options)
+    assert np.array_equal(loaded.vertices.astype(np.float32), points)
+    assert np.array_equal(loaded.faces, faces)
+    assert loaded.is_watertight
+    assert loaded.volume > 0.008  # outwards
+    _, linear, *_ = read_glb(ball_files / "ball.glb")
+    assert abs(loaded.visual.vertex_colors[:, :3] / 255 - linear).max() < 0.01
 
 
 @with_tools

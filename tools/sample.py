@@ -5,7 +5,8 @@
     python tools/sample.py --resume runs/shapes --video orbit      # or --interpolate, from sample to sample
     python tools/sample.py --resume runs/shapes --classes 0 --seeds 1 --mesh --points --depth --cameras
 
-It needs a checkpoint alone. Letters in the comments on shapes are those of 3dgp.py."""
+It needs a checkpoint alone. Letters in the comments on shapes are those of 3dgp.py. mesh.py beside it is a
+part of it."""
 
 import dataclasses
 import importlib
@@ -18,12 +19,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 tdgp = importlib.import_module("3dgp")
+mesh = importlib.import_module("mesh")
 opt = tdgp.opt
 
 
@@ -43,7 +45,7 @@ class SampleOptions:
     frames: int = opt(64, "frames of an animation (of each step of a walk)")
     fps: float = opt(25.0, "frames per second")
     angle: float = opt(0.4, "how far an animation turns to each side, in radians")
-    mesh: bool = opt(False, "coloured triangle mesh of the densities (PLY); needs scikit-image")
+    mesh: bool = opt(False, "coloured triangle mesh of the densities (PLY, GLB); needs scikit-image")
     mesh_resolution: int = opt(192, "points on a side of the grid for the mesh")
     mesh_level: float = opt(10.0, "density at the mesh's surface, per world unit")
     points: bool = opt(False, "coloured point cloud of the rendered depth (PLY)")
@@ -158,86 +160,6 @@ def write_animation(films, columns, path, fps):
                 raise ValueError(f"ffmpeg: {done.stderr.decode(errors='replace')}")
 
 
-PLY_HEADER = """ply
-format binary_little_endian 1.0
-element vertex {}
-property float x
-property float y
-property float z
-property uchar red
-property uchar green
-property uchar blue
-element face {}
-property list uchar int vertex_indices
-end_header
-"""
-
-
-def write_ply(path, points, colors, faces=()):
-    """Points (N, 3) in world units, y up; colors (N, 3) in [-1, 1]; faces (M, 3), outwards."""
-    vertex = np.zeros(len(points), [("xyz", "<f4", 3), ("rgb", "u1", 3)])
-    vertex["xyz"] = points
-    vertex["rgb"] = ((np.clip(colors, -1, 1) + 1) * 127.5).round()
-
-    face = np.zeros(len(faces), [("count", "u1"), ("indices", "<i4", 3)])
-    face["count"] = 3
-    face["indices"] = np.reshape(faces, (-1, 3))
-    header = PLY_HEADER.format(len(vertex), len(face))
-    with tdgp.atomic(path) as tmp:
-        tmp.write_bytes(header.encode() + vertex.tobytes() + face.tobytes())
-
-
-def query(G, planes, points):
-    """One scene at points (N, 3) in world units. -> colours (N, 3), densities (N,) per world unit"""
-    fused = G.cfg.fused and tdgp.custom_ops(points.device.type)
-    rgb, sigma_raw = tdgp.query_triplane(planes, points[None], G.cfg.box, G.decoder, fused)
-    return rgb[0], F.softplus(sigma_raw[0])
-
-
-def density_grid(G, planes, camera, n):
-    """Densities where the camera's rays come, between near and far, else 0. -> (n, n, n) by x, y, z, CPU"""
-    cfg = G.cfg
-    line = torch.linspace(-cfg.box, cfg.box, n, device=planes.device)
-    origin = tdgp.cam2world(camera)[:, :3, 3]  # (1, 3)
-    slabs = []
-    for x in line.tolist():
-        points = F.pad(torch.cartesian_prod(line, line), (1, 0), value=x)  # (n², 3)
-        distance = (points - origin).norm(dim=1)  # (n²,)
-        seen = (distance > cfg.near) & (distance < cfg.far)
-        _, density = query(G, planes, points)
-        slabs.append((density * seen).cpu())
-    return torch.stack(slabs).view(n, n, n)
-
-
-def extract_mesh(G, planes, camera, level, n):
-    """Marching cubes over one scene, n points a side, as far as the camera (of 1) sees.
-    -> vertices (V, 3) in world units, colours (V, 3), faces (M, 3), counter-clockwise from outside"""
-    try:
-        from skimage.measure import marching_cubes
-    except ImportError:
-        raise tdgp.UserError("--mesh: needs scikit-image; pip install scikit-image") from None
-
-    density = density_grid(G, planes, camera, n)
-    top = density.max()
-    if not 0 < level < top:
-        raise ValueError(f"--mesh-level {level:g}: must lie between 0 and the largest density, {top:.3g}")
-    vertices, faces, *_ = marching_cubes(density.numpy(), level, gradient_direction="ascent")
-
-    # Marching cubes counts in cells, from the grid's corner.
-    cell = 2 * G.cfg.box / (n - 1)
-    vertices = (vertices * cell - G.cfg.box).astype(np.float32)
-    parts = torch.from_numpy(vertices).to(planes.device).split(2**16)
-    colors = [query(G, planes, points)[0] for points in parts]
-    return vertices, torch.cat(colors).cpu().numpy(), faces
-
-
-def write_points(s, path):
-    """The pixels of a Sample's picture, at their depth, as a point cloud."""
-    origins, directions = tdgp.camera_rays(s.camera, s.rgb.shape[-1])  # (1, R, 3)
-    points = origins[0] + directions[0] * s.depth.flatten()[:, None]  # (R, 3)
-    write_ply(path, points.cpu().numpy(), s.rgb[0].flatten(1).t().cpu().numpy())
-
-
 def write_depth(depth, path):
     """depth (1, 1, H, W) in [0, 1] -> a 16-bit PNG"""
     levels = (depth[0, 0].clamp(0, 1) * 65535).round()
@@ -275,14 +197,16 @@ def write_sample(G, s, path, options):
     if options.each:
         tdgp.write_image(tdgp.tile([tdgp.to_picture(s.rgb[0])], 1), f"{path}.png")
     if options.points:
-        write_points(s, f"{path}-points.ply")
+        mesh.write_points(s, f"{path}-points.ply")
     if options.depth:
         write_depth((s.depth - G.cfg.near) / (G.cfg.far - G.cfg.near), f"{path}-depth.png")
     if options.depth and G.depth_adaptor:
         write_depth((G.depth_adaptor.adapt(s.depth) + 1) / 2, f"{path}-adapted.png")
     if options.mesh:  # comes last, since it alone may fail
-        mesh = extract_mesh(G, s.planes, s.camera, options.mesh_level, options.mesh_resolution)
-        write_ply(f"{path}-mesh.ply", *mesh)
+        n = options.mesh_resolution
+        surface = mesh.extract_mesh(G, s.planes, s.camera, options.mesh_level, n)
+        mesh.write_ply(f"{path}-mesh.ply", *surface)
+        mesh.write_glb(f"{path}-mesh.glb", *surface)
 
 
 def attempt(failed, name, work, *args):

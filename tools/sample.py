@@ -1,12 +1,13 @@
-"""Makes pictures, animations, meshes, point clouds and depth with a trained generator.
+"""Makes pictures, animations, meshes, point clouds, depth, and scenes that a person can turn.
 
     python tools/sample.py --resume runs/shapes                    # a grid: classes down, seeds across
     python tools/sample.py --resume runs/imagenet --classes 1,5,10-20 --seeds 0-15 --truncation 0.7
     python tools/sample.py --resume runs/shapes --video orbit      # or --interpolate, from sample to sample
+    python tools/sample.py --resume runs/shapes --seeds 0 --turntable       # a page on which scenes turn
     python tools/sample.py --resume runs/shapes --classes 0 --seeds 1 --mesh --points --depth --cameras
 
-It needs a checkpoint alone. Letters in the comments on shapes are those of 3dgp.py. mesh.py beside it is a
-part of it."""
+It needs a checkpoint alone. Letters in the comments on shapes are those of 3dgp.py. turntable.py and mesh.py
+beside it are parts of it."""
 
 import dataclasses
 import importlib
@@ -26,6 +27,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 tdgp = importlib.import_module("3dgp")
 mesh = importlib.import_module("mesh")
+turntable = importlib.import_module("turntable")
 opt = tdgp.opt
 
 
@@ -44,7 +46,9 @@ class SampleOptions:
     interpolate: bool = opt(False, "animation that walks from each sample to the next and back to the first")
     frames: int = opt(64, "frames of an animation (of each step of a walk)")
     fps: float = opt(25.0, "frames per second")
-    angle: float = opt(0.4, "how far an animation turns to each side, in radians")
+    angle: float = opt(0.4, "how far an animation or turntable turns to each side, in radians")
+    turntable: bool = opt(False, "one HTML page on which a person turns the samples, without a network")
+    views: str = opt("15x5", "yaws x pitches that are rendered for it, around the camera of each sample")
     mesh: bool = opt(False, "coloured triangle mesh of the densities (PLY, GLB); needs scikit-image")
     mesh_resolution: int = opt(192, "points on a side of the grid for the mesh")
     mesh_level: float = opt(10.0, "density at the mesh's surface, per world unit")
@@ -70,6 +74,7 @@ class Sample:
     """What one seed makes of one class."""
 
     name: str  # what its files begin with
+    title: str  # what a person reads
     w: torch.Tensor  # (1, w_dim), truncated
     planes: torch.Tensor  # (1, 3, C, T, T)
     camera: tdgp.Camera  # of 1; the picture is taken by it
@@ -101,7 +106,9 @@ def draw_samples(G, classes, seeds, options):
             camera = G.pose(prior, z, c)
             planes = G.backbone(w)
             rgb, depth = G.render(planes, camera, options.resolution)
-            yield Sample(f"class{label:04d}-seed{seed:04d}", w, planes, camera, mean_camera, rgb, depth)
+            name = f"class{label:04d}-seed{seed:04d}"
+            title = f"class {label}, seed {seed}"
+            yield Sample(name, title, w, planes, camera, mean_camera, rgb, depth)
 
 
 def camera_path(kind, start, n, angle):
@@ -218,19 +225,28 @@ def attempt(failed, name, work, *args):
         failed.append(name)
 
 
-@torch.no_grad()
-def sample(given):
-    """All that a person wants to look at, from a checkpoint alone. given: options, a dict"""
-    options = SampleOptions(**given)
-    if min(options.frames, options.fps, options.mesh_resolution / 2, (options.resolution or 2) / 2) < 1:
+def open_generator(options):
+    """-> Generator, path of its checkpoint, kimg. Where no resolution is asked for, sets the trained one."""
+    few = min(options.frames, options.fps)
+    small = min(options.mesh_resolution, options.resolution or 2)
+    if few < 1 or small < 2:
         what = "--frames, --fps: must be 1 or more, --mesh-resolution and --resolution 2 or more"
         raise tdgp.UserError(what)
 
     G, path, kimg = tdgp.load_generator(options.resume, options.device)
     options.resolution = options.resolution or G.cfg.resolution
+    return G, path, kimg
+
+
+@torch.no_grad()
+def sample(given):
+    """All that a person wants to look at, from a checkpoint alone. given: options, a dict"""
+    options = SampleOptions(**given)
+    G, path, kimg = open_generator(options)
     seeds = parse_numbers(options.seeds, "--seeds", 2**31)
     count = max(G.cfg.num_classes, 1)
     classes = parse_numbers(options.classes or f"0-{min(8, count) - 1}", "--classes", count)
+    views = turntable.parse_views(options, G.cfg)
     out = Path(options.out or path.with_name(f"samples-{kimg:010.3f}"))
     out.mkdir(parents=True, exist_ok=True)
 
@@ -239,6 +255,7 @@ def sample(given):
     pictures = []
     films = []  # lists of frames, RGB beside depth
     stops = []  # of the walk, (1, w_dim + 6) each
+    cards = []  # of the turntable, HTML
     samples = draw_samples(G, classes, seeds, options)
     for s in tqdm(samples, total=len(classes) * len(seeds), unit="sample"):
         attempt(failed, s.name, write_sample, G, s, out / s.name, options)
@@ -250,6 +267,8 @@ def sample(given):
         if films and options.each:
             name = f"{s.name}-{options.video}"
             attempt(failed, name, write_animation, [films.pop()], 1, out / name, options.fps)
+        if options.turntable:
+            attempt(failed, f"{s.name}-turntable", turntable.add_card, cards, G, s, views, options)
 
     if not options.each:
         tdgp.write_image(tdgp.tile(pictures, len(seeds)), out / "grid.png")
@@ -259,6 +278,9 @@ def sample(given):
         attempt(failed, "walk", write_walk, G, torch.cat(stops), out / "walk", options)
     if options.cameras:
         write_cameras(G, out / "cameras.png")
+    if options.turntable:
+        title = f"{path.resolve().parent.name}, {kimg:g} kimg"
+        turntable.write_page(out / "turntable.html", title, cards, options.resolution)
     print(f"written to {out}")
     if failed:
         sys.exit(1)

@@ -1,12 +1,14 @@
 """Tests of 3dgp.py, lereS_depth.py and tools/: python -m pytest test_3dgp.py
 
-Nothing is downloaded. Three kinds of tests are skipped where what they need is missing:
+Nothing is downloaded. Four kinds of tests are skipped where what they need is missing:
 - tests of the programs in tools/, where that folder is not there;
 - the comparison with reference vectors at the end: set REFERENCE_VECTORS to their folder;
+- tests of what needs a GPU, a compiler, Chromium, ffmpeg, scikit-image or trimesh;
 - tests that take minutes: set SLOW_TESTS=1.
 """
 
 import ast
+import base64
 import contextlib
 import dataclasses
 import functools
@@ -25,10 +27,12 @@ import shlex
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
+import types
 import unicodedata
 import zipfile
 import zlib
@@ -3774,10 +3778,10 @@ def test_sample_writes_what_was_asked_for(run, tmp_path):
     expected = {"grid.png", "cameras.png", "walk.webp", "walk.gif"}
     if shutil.which("ffmpeg"):
         expected.add("walk.mp4")
-    # Four files of each sample.
+    # Five files of each sample.
     names = [f"class{c:04d}-seed{seed:04d}" for c in (1, 2) for seed in (3, 5, 6)]
     for name in names:
-        for kind in ("mesh.ply", "points.ply", "depth.png", "adapted.png"):
+        for kind in ("mesh.ply", "mesh.glb", "points.ply", "depth.png", "adapted.png"):
             expected.add(f"{name}-{kind}")
     assert {path.name for path in tmp_path.iterdir()} == expected
 
@@ -3818,14 +3822,14 @@ def test_a_sample_that_fails_is_named_and_the_others_are_made(run, tmp_path, cap
             raise ValueError("--mesh-level 10: must lie between 0 and the largest density, 3")
         return np.zeros((3, 3)), np.zeros((3, 3)), np.array([[0, 1, 2]])
 
-    monkeypatch.setattr(sample, "extract_mesh", extract_mesh)
+    monkeypatch.setattr(sample.mesh, "extract_mesh", extract_mesh)
     with pytest.raises(SystemExit) as end:
         sample.main([*flags(resume=run, out=tmp_path, classes="0", seeds="0-2"), "--mesh", "--points"])
     assert end.value.code == 1
     assert "sample.py: class0000-seed0001: --mesh-level 10" in capsys.readouterr().err
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"grid.png", *(f"class0000-seed000{k}-points.ply" for k in range(3))} | {
-        f"class0000-seed000{k}-mesh.ply" for k in (0, 2)
+        f"class0000-seed000{k}-mesh.{kind}" for k in (0, 2) for kind in ("ply", "glb")
     }
 
 
@@ -3924,7 +3928,7 @@ def test_mesh_of_a_ball_is_closed_outward_and_renders_to_its_depth():
     pytest.importorskip("skimage", reason="scikit-image is not installed")
     G, planes = ball()
     cam = camera(yaw=0.3, pitch=1.3, fov=25)
-    vertices, _, faces = tool("sample").extract_mesh(G, planes, cam, 60.0, 96)
+    vertices, _, faces = tool("mesh").extract_mesh(G, planes, cam, 60.0, 96)
 
     # The surface is where the density is 60; each edge has two faces; these look outwards.
     radius = math.sqrt(0.15**2 - 2 * 60 / 20000)
@@ -3950,17 +3954,98 @@ def test_mesh_of_a_ball_is_closed_outward_and_renders_to_its_depth():
 def test_mesh_level_must_be_a_density_that_there_is():
     pytest.importorskip("skimage", reason="scikit-image is not installed")
     with pytest.raises(ValueError, match="--mesh-level"):
-        tool("sample").extract_mesh(*ball(), camera(), 1e6, 32)
+        tool("mesh").extract_mesh(*ball(), camera(), 1e6, 32)
 
 
 @with_tools
 def test_what_no_ray_saw_is_not_in_the_mesh():
     pytest.importorskip("skimage", reason="scikit-image is not installed")
     cam = camera()
-    vertices, _, _ = tool("sample").extract_mesh(*ball(radius=0.4), cam, 60.0, 48)
+    vertices, _, _ = tool("mesh").extract_mesh(*ball(radius=0.4), cam, 60.0, 48)
     distance = np.linalg.norm(vertices - m.cam2world(cam)[0, :3, 3].numpy(), axis=1)
     assert 0.73 < distance.min() < 0.78
     assert distance.max() < 1.27
+
+
+def read_glb(path):
+    """-> vertices (V, 3), linear colours (V, 3), faces (M, 3), all of the chunk of JSON"""
+    content = Path(path).read_bytes()
+    magic, version, length = struct.unpack_from("<4sII", content)
+    assert (magic, version, length) == (b"glTF", 2, len(content))
+
+    # Two chunks, which start and end at multiples of 4.
+    size, kind = struct.unpack_from("<I4s", content, 12)
+    assert kind == b"JSON"
+    assert size % 4 == 0
+    scene = json.loads(content[20 : 20 + size])
+    buffer_size, kind = struct.unpack_from("<I4s", content, 20 + size)
+    assert kind == b"BIN\0"
+    assert buffer_size % 4 == 0
+    buffer = content[28 + size :]
+    assert len(buffer) == buffer_size == scene["buffers"][0]["byteLength"]
+
+    arrays = []
+    kinds = {(5126, "VEC3"): ("<f4", 3), (5125, "SCALAR"): ("<u4", 1)}
+    for accessor in scene["accessors"]:
+        dtype, width = kinds[accessor["componentType"], accessor["type"]]
+        view = scene["bufferViews"][accessor["bufferView"]]
+        assert view["byteOffset"] % 4 == 0
+        assert view["byteLength"] == 4 * width * accessor["count"]
+        data = np.frombuffer(buffer, dtype, width * accessor["count"], view["byteOffset"])
+        arrays.append(data.reshape(-1, 3))
+    (primitive,) = scene["meshes"][0]["primitives"]
+    attributes = primitive["attributes"]
+    found = [arrays[i] for i in (attributes["POSITION"], attributes["COLOR_0"], primitive["indices"])]
+    return *found, scene
+
+
+@pytest.fixture(scope="module")
+def ball_files(tmp_path_factory):
+    """The mesh of a ball as ball.ply and ball.glb. -> their folder"""
+    pytest.importorskip("skimage", reason="scikit-image is not installed")
+    folder = tmp_path_factory.mktemp("ball")
+    surface = tool("mesh").extract_mesh(*ball(), camera(yaw=0.3, pitch=1.3, fov=25), 60.0, 48)
+    tool("mesh").write_ply(folder / "ball.ply", *surface)
+    tool("mesh").write_glb(folder / "ball.glb", *surface)
+    return folder
+
+
+@with_tools
+def test_glb_has_the_mesh_of_the_ply(ball_files):
+    points, colors, faces = read_ply(ball_files / "ball.ply")
+    vertices, linear, indices, scene = read_glb(ball_files / "ball.glb")
+    assert np.array_equal(vertices, points)
+    assert np.array_equal(indices, faces)
+    assert indices.max() == len(vertices) - 1
+    assert volume(vertices, indices) > 0.008  # outwards
+
+    # Readers fit the view by the bounds, which must be those of the numbers in the file.
+    bounds = scene["accessors"][scene["meshes"][0]["primitives"][0]["attributes"]["POSITION"]]
+    assert bounds["min"] == points.min(0).tolist()
+    assert bounds["max"] == points.max(0).tolist()
+
+    # Colours are linear. As a screen shows them, they are those of the PLY; here ramps, not all alike.
+    shown = np.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear ** (1 / 2.4) - 0.055)
+    assert abs(shown * 255 - colors).max() < 0.51
+    assert colors.std(0)[:2].min() > 10
+
+    # Nothing of the format is used that is not declared.
+    assert scene["asset"]["version"] == "2.0"
+    assert set(scene["materials"][0]["extensions"]) == set(scene["extensionsUsed"])
+
+
+@with_tools
+def test_another_reader_sees_the_same_mesh(ball_files):
+    trimesh = pytest.importorskip("trimesh", reason="trimesh is not installed")
+    points, _, faces = read_ply(ball_files / "ball.ply")
+    options = dict(force="mesh", process=False, skip_materials=True)  # else it passes over the colours
+    loaded = trimesh.load(ball_files / "ball.glb", **options)
+    assert np.array_equal(loaded.vertices.astype(np.float32), points)
+    assert np.array_equal(loaded.faces, faces)
+    assert loaded.is_watertight
+    assert loaded.volume > 0.008  # outwards
+    _, linear, *_ = read_glb(ball_files / "ball.glb")
+    assert abs(loaded.visual.vertex_colors[:, :3] / 255 - linear).max() < 0.01
 
 
 @with_tools
@@ -4015,6 +4100,314 @@ def test_animations_start_and_end_at_the_mean_camera_and_are_consistent(kind):
         psnr, seen = reprojection_psnr(G, planes, m.rows(path, [i]), m.rows(path, [i + 1]), 64)
         assert psnr > 30
         assert seen > 0.15
+
+
+# Tools: the page on which scenes turn
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+in_browser = pytest.mark.skipif(not CHROMIUM, reason="no Chromium")
+
+
+def sheets_of(page, kind):
+    """The sheets of views in a page, in the order of its cards. -> [uint8 (H, W, 3), ...]"""
+    sheets = []
+    for data in re.findall(rf'data-{kind}="data:image/jpeg;base64,([^"]*)"', page):
+        with PIL.Image.open(io.BytesIO(base64.b64decode(data))) as image:
+            sheets.append(np.asarray(image.convert("RGB")))
+    return sheets
+
+
+@with_tools
+def test_turntable_is_one_page_that_needs_nothing_else(run, tmp_path):
+    options = flags(resume=run, out=tmp_path, classes="0,5", seeds="1-2", views="5x3")
+    assert tool("sample").main([*options, "--turntable"]) == 0
+    page = (tmp_path / "turntable.html").read_text()
+    for elsewhere in ("://", "src=", "href=", "url(", "import"):
+        assert elsewhere not in page
+    assert "run&lt;1&gt;, 0.048 kimg" in page
+    assert "run<1>" not in page
+
+    titles = ["class 0, seed 1", "class 0, seed 2", "class 5, seed 1", "class 5, seed 2"]
+    assert re.findall("<figcaption><span>(.*?)</span>", page) == titles
+    assert re.findall('aria-label="(class .*?), arrow keys', page) == titles
+    for kind in ("color", "depth"):
+        shapes = [sheet.shape for sheet in sheets_of(page, kind)]
+        assert shapes == 4 * [(3 * 16, 5 * 16, 3)]
+
+
+@with_tools
+def test_a_turntable_of_2_samples_at_64_is_below_half_a_megabyte(run, tmp_path):
+    options = flags(resume=run, out=tmp_path, classes="0-1", seeds="1", resolution=64)
+    assert tool("sample").main([*options, "--turntable"]) == 0
+    page = tmp_path / "turntable.html"
+    shapes = [sheet.shape for sheet in sheets_of(page.read_text(), "color")]
+    assert shapes == 2 * [(5 * 64, 15 * 64, 3)]
+    assert page.stat().st_size < 0.5e6
+
+
+@with_tools
+def test_sheets_have_the_views_of_the_cameras_around_the_samples_own():
+    """The cameras look past the ball, which is then elsewhere in each view."""
+    G, planes = ball()
+    look = dict(fov=25, look_at=(1.0, 1.2, 0.1))
+    own = camera(yaw=0.3, pitch=1.4, **look)
+    scene = types.SimpleNamespace(title="a ball", planes=planes, camera=own)
+    options = tool("sample").SampleOptions(resolution=64, angle=0.4)
+    cards = []
+    tool("turntable").add_card(cards, G, scene, (3, 2), options)
+    (card,) = cards
+    assert 'data-yaws="-23 +0 +23" data-pitches="+11 -11"' in card
+
+    # Lossy compression moves a level by little; views differ by much.
+    (color,) = sheets_of(card, "color")
+    (depth,) = sheets_of(card, "depth")
+    near, far = G.render(planes, own, 64)[1].quantile(torch.tensor([0.02, 0.98])).tolist()
+    for row, pitch in enumerate((1.6, 1.2)):
+        for column, yaw in enumerate((-0.1, 0.3, 0.7)):
+            rgb, distance = G.render(planes, camera(yaw=yaw, pitch=pitch, **look), 64)
+            expected = m.to_picture(rgb[0], distance[0], near, far, dim=2).astype(float)
+            for sheet, picture in ((color, expected[:, :64]), (depth, expected[:, 64:])):
+                cells = sheet.reshape(2, 64, 3, 64, 3).swapaxes(1, 2)  # (rows, columns, H, W, 3)
+                errors = abs(cells - picture).mean((2, 3, 4))
+                assert errors[row, column] < 2.5
+                assert errors.argmin() == 3 * row + column
+
+
+@with_tools
+def test_the_scene_follows_the_finger():
+    """A point before the middle moves right with the columns of the sheet, and down with its rows."""
+    own = camera(yaw=0.2, pitch=1.4)
+    around = tool("turntable").cameras_around(own, 5, 3, 0.4)
+    assert torch.equal(m.camera_parameters(around)[7], m.camera_parameters(own)[0])
+    pose = m.cam2world(around)
+    near = 0.3 * m.cam2world(own)[0, :3, 3]
+    x, y, _ = ((near - pose[:, :3, 3])[:, None] @ pose[:, :3, :3])[:, 0].unbind(1)
+    assert (x.view(3, 5).diff(dim=1) > 0).all()
+    assert (y.view(3, 5).diff(dim=0) < 0).all()
+
+    # A single yaw or pitch is the own one. No camera looks along the axis.
+    assert torch.equal(tool("turntable").cameras_around(own, 1, 1, 0.4).yaw, own.yaw)
+    assert tool("turntable").cameras_around(own, 1, 5, 9.0).pitch.min() > 0
+
+
+@with_tools
+@pytest.mark.parametrize("views", ["0x5", "15", "15x", "x5", "15x-5", "15x5x5", "1100x5"])
+def test_views_that_cannot_be_are_one_line_and_status_2(run, tmp_path, capsys, views):
+    out = tmp_path / "out"
+    status, err = run_tool(capsys, "sample", "--resume", run, "--out", out, "--turntable", f"--views={views}")
+    assert status == 2
+    assert err.startswith(f"sample.py: error: --views {views}: ")
+    assert err.count("\n") == 1
+    assert not out.exists()
+
+
+@with_tools
+def test_pictures_of_two_dimensions_do_not_turn():
+    options = tool("sample").SampleOptions(resolution=16, turntable=True)
+    with pytest.raises(m.UserError, match="--turntable"):
+        tool("turntable").parse_views(options, micro(dims=2))
+
+    # Without a turntable its options forbid nothing.
+    options = tool("sample").SampleOptions(resolution=4096)
+    assert tool("turntable").parse_views(options, micro(dims=2)) == (15, 5)
+
+
+@with_tools
+def test_a_card_that_fails_is_named_and_the_others_are_on_the_page(run, tmp_path, capsys, monkeypatch):
+    sample = tool("sample")
+    add_card = sample.turntable.add_card
+
+    def fail_once(cards, G, s, *rest):
+        if s.name.endswith("1"):
+            raise ValueError("encoding error")
+        add_card(cards, G, s, *rest)
+
+    monkeypatch.setattr(sample.turntable, "add_card", fail_once)
+    options = flags(resume=run, out=tmp_path, classes="0", seeds="0-2", views="2x1")
+    with pytest.raises(SystemExit) as end:
+        sample.main([*options, "--turntable"])
+    assert end.value.code == 1
+    assert "sample.py: class0000-seed0001-turntable: encoding error" in capsys.readouterr().err
+    assert (tmp_path / "turntable.html").read_text().count("<canvas") == 2
+
+
+class Browser:
+    """Chromium without a window, driven by the protocol of its developer tools: JSON between zero bytes,
+    here over a socket that is its files 3 and 4."""
+
+    def __init__(self, profile):
+        options = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe"]
+        command = [CHROMIUM, *options, f"--user-data-dir={profile}"]
+        self.socket, theirs = socket.socketpair()
+        self.socket.settimeout(60)
+        self.received = b""
+        self.calls = 0
+        self.session = {}
+        self.errors = []
+
+        files = [(os.POSIX_SPAWN_DUP2, theirs.fileno(), 3), (os.POSIX_SPAWN_DUP2, theirs.fileno(), 4)]
+        files += [(os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0)]
+        self.pid = os.posix_spawn(CHROMIUM, command, os.environ, file_actions=files)
+        theirs.close()
+
+    def call(self, method, **params):
+        """-> what the browser answers"""
+        self.calls += 1
+        message = dict(id=self.calls, method=method, params=params, **self.session)
+        self.socket.sendall(json.dumps(message).encode() + b"\0")
+        while True:
+            answer = self.receive()
+            if answer.get("method") == "Runtime.exceptionThrown":
+                self.errors.append(answer["params"])
+            if answer.get("id") == self.calls:
+                assert "error" not in answer, (method, answer)
+                return answer["result"]
+
+    def receive(self):
+        while b"\0" not in self.received:
+            part = self.socket.recv(2**20)
+            assert part, "the browser has ended"
+            self.received += part
+        message, _, self.received = self.received.partition(b"\0")
+        return json.loads(message)
+
+    def open(self, path, width, height):
+        """Shows a file in a window of this size, on a device with a touch screen."""
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self.session = dict(sessionId=session)
+        self.call("Runtime.enable")
+        size = dict(width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self.call("Emulation.setDeviceMetricsOverride", **size)
+        self.call("Emulation.setTouchEmulationEnabled", enabled=True)
+        self.call("Page.navigate", url=path.as_uri())
+
+    def ask(self, expression):
+        """-> the value of a line of JavaScript"""
+        result = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        assert "exceptionDetails" not in result, result
+        return result["result"].get("value")
+
+    def drawn(self):
+        """Which cards have a picture. -> [bool, ...]"""
+        alpha = "c.getContext('2d').getImageData(0, 0, 1, 1).data[3] == 255"
+        return self.ask(f"[...document.querySelectorAll('canvas')].map(c => {alpha})")
+
+    def turned(self):
+        """What the cards say of how far they are turned. -> [str, ...]"""
+        return self.ask("[...document.querySelectorAll('output')].map(o => o.value)")
+
+    def box(self, selector, i):
+        """Where the i-th of these lies in the window. -> left, top, right, bottom"""
+        return self.ask(
+            f"r = document.querySelectorAll('{selector}')[{i}].getBoundingClientRect(), "
+            "[r.left, r.top, r.right, r.bottom]"
+        )
+
+    def screenshot(self):
+        """-> int (height, width, 3)"""
+        data = base64.b64decode(self.call("Page.captureScreenshot")["data"])
+        with PIL.Image.open(io.BytesIO(data)) as image:
+            return np.asarray(image.convert("RGB")).astype(int)
+
+    def drag(self, way, x, y, right, down, steps=8):
+        """From (x, y) on, with the mouse or a finger."""
+        places = []
+        for k in range(steps + 1):
+            places.append(dict(x=x + right * k / steps, y=y + down * k / steps))
+
+        if way == "mouse":
+            mouse = functools.partial(self.call, "Input.dispatchMouseEvent", button="left", clickCount=1)
+            mouse(type="mousePressed", **places[0])
+            for place in places:
+                mouse(type="mouseMoved", **place)
+            mouse(type="mouseReleased", **places[-1])
+        else:
+            touch = functools.partial(self.call, "Input.dispatchTouchEvent")
+            touch(type="touchStart", touchPoints=places[:1])
+            for place in places:
+                touch(type="touchMove", touchPoints=[place])
+            touch(type="touchEnd", touchPoints=[])
+
+    def close(self):
+        self.session = {}
+        try:
+            self.call("Browser.close")
+        finally:
+            self.socket.close()  # it ends without, too
+            os.waitpid(self.pid, 0)
+
+
+@pytest.fixture
+def browser(tmp_path):
+    found = Browser(tmp_path / "profile")
+    yield found
+    found.close()
+
+
+def changes(before, after):
+    """The box around all pixels that differ. -> left, top, right, bottom"""
+    rows, columns = np.nonzero((before != after).any(2))
+    assert len(rows), "nothing has changed"
+    return columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
+
+
+def inside(inner, outer):
+    return (
+        inner[0] >= math.floor(outer[0])
+        and inner[1] >= math.floor(outer[1])
+        and inner[2] <= math.ceil(outer[2])
+        and inner[3] <= math.ceil(outer[3])
+    )
+
+
+@with_tools
+@in_browser
+@pytest.mark.parametrize("width, way", [(400, "touch"), (1280, "mouse")])
+def test_a_drag_turns_one_card_and_no_other(run, tmp_path, browser, width, way):
+    options = flags(resume=run, out=tmp_path, classes="0-3", seeds="1", views="5x3")
+    assert tool("sample").main([*options, "--turntable"]) == 0
+    browser.open(tmp_path / "turntable.html", width, 900)
+    wait_for(lambda: browser.drawn() == 4 * [True], 20)
+    assert browser.ask("document.documentElement.scrollWidth") <= width
+
+    # Two fifths of its width are two views of five: from the middle to the last. Up, one of three.
+    before = browser.screenshot()
+    left, top, right, bottom = browser.box("canvas", 1)
+    side = right - left
+    browser.drag(way, left + side / 4, bottom - side / 4, 0.4 * side, -side / 3)
+    wait_for(lambda: browser.turned()[1] == "yaw +23°, pitch +11°", 20)
+    after = browser.screenshot()
+    assert browser.ask("scrollX + scrollY") == 0
+    assert inside(changes(before, after), browser.box("figure", 1))
+    area = np.s_[round(top) + 2 : round(bottom) - 2, round(left) + 2 : round(right) - 2]
+    assert (before[area] != after[area]).any()
+
+    # Arrow keys turn the card that has the focus, by one view.
+    browser.ask("document.querySelectorAll('canvas')[2].focus()")
+    for key in ("ArrowLeft", "ArrowDown"):
+        browser.call("Input.dispatchKeyEvent", type="keyDown", key=key)
+    rest = "yaw +0°, pitch +0°"
+    assert browser.turned() == [rest, "yaw +23°, pitch +11°", "yaw -11°, pitch -11°", rest]
+
+    # Depth is gray, and seen from where the cards were turned to.
+    assert np.ptp(after, axis=2)[area].max() > 12
+    browser.ask("document.querySelector('[value=depth]').click()")
+    wait_for(lambda: np.ptp(browser.screenshot(), axis=2)[area].max() < 12, 20)
+    assert browser.turned()[1] == "yaw +23°, pitch +11°"
+    assert browser.errors == []
+
+
+@with_tools
+@in_browser
+def test_cards_out_of_sight_are_drawn_when_they_come_into_it(run, tmp_path, browser):
+    options = flags(resume=run, out=tmp_path, classes="0-7", seeds="1", views="3x1")
+    assert tool("sample").main([*options, "--turntable"]) == 0
+    browser.open(tmp_path / "turntable.html", 400, 300)
+    wait_for(lambda: browser.drawn() == 2 * [True] + 6 * [False], 20)
+    browser.ask("scrollTo(0, 1e6)")
+    wait_for(lambda: browser.drawn()[6:] == [True, True], 20)
+    assert browser.drawn()[2:4] == [False, False]
 
 
 # Tools: report

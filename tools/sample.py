@@ -1,11 +1,13 @@
-"""Makes pictures, animations, meshes, point clouds and depth with a trained generator.
+"""Makes pictures, animations, meshes, point clouds, depth, and scenes that a person can turn.
 
     python tools/sample.py --resume runs/shapes                    # a grid: classes down, seeds across
     python tools/sample.py --resume runs/imagenet --classes 1,5,10-20 --seeds 0-15 --truncation 0.7
     python tools/sample.py --resume runs/shapes --video orbit      # or --interpolate, from sample to sample
+    python tools/sample.py --resume runs/shapes --seeds 0 --turntable       # a page on which scenes turn
     python tools/sample.py --resume runs/shapes --classes 0 --seeds 1 --mesh --points --depth --cameras
 
-It needs a checkpoint alone, or what publish.py wrote. Letters in comments on shapes are those of 3dgp.py."""
+It needs a checkpoint alone, or what publish.py wrote. turntable.py and mesh.py beside it are parts of it. The
+letters in comments on shapes are those of 3dgp.py."""
 
 import dataclasses
 import importlib
@@ -18,12 +20,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
-tdgp, load = map(importlib.import_module, ("3dgp", "load"))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+tdgp = importlib.import_module("3dgp")
+load = importlib.import_module("load")
+mesh = importlib.import_module("mesh")
+turntable = importlib.import_module("turntable")
 opt = tdgp.opt
 
 
@@ -42,8 +47,10 @@ class SampleOptions:
     interpolate: bool = opt(False, "animation that walks from each sample to the next and back to the first")
     frames: int = opt(64, "frames of an animation (of each step of a walk)")
     fps: float = opt(25.0, "frames per second")
-    angle: float = opt(0.4, "how far an animation turns to each side, in radians")
-    mesh: bool = opt(False, "coloured triangle mesh of the densities (PLY); needs scikit-image")
+    angle: float = opt(0.4, "how far an animation or turntable turns to each side, in radians")
+    turntable: bool = opt(False, "one HTML page on which a person turns the samples, without a network")
+    views: str = opt("15x5", "yaws x pitches that are rendered for it, around the camera of each sample")
+    mesh: bool = opt(False, "coloured triangle mesh of the densities (PLY, GLB); needs scikit-image")
     mesh_resolution: int = opt(192, "points on a side of the grid for the mesh")
     mesh_level: float = opt(10.0, "density at the mesh's surface, per world unit")
     points: bool = opt(False, "coloured point cloud of the rendered depth (PLY)")
@@ -68,6 +75,7 @@ class Sample:
     """What one seed makes of one class."""
 
     name: str  # what its files begin with
+    title: str  # what a person reads
     w: torch.Tensor  # (1, w_dim), truncated
     planes: torch.Tensor  # (1, 3, C, T, T)
     camera: tdgp.Camera  # of 1; the picture is taken by it
@@ -99,7 +107,9 @@ def draw_samples(G, classes, seeds, options):
             camera = G.pose(prior, z, c)
             planes = G.backbone(w)
             rgb, depth = G.render(planes, camera, options.resolution)
-            yield Sample(f"class{label:04d}-seed{seed:04d}", w, planes, camera, mean_camera, rgb, depth)
+            name = f"class{label:04d}-seed{seed:04d}"
+            title = f"class {label}, seed {seed}"
+            yield Sample(name, title, w, planes, camera, mean_camera, rgb, depth)
 
 
 def camera_path(kind, start, n, angle):
@@ -158,86 +168,6 @@ def write_animation(films, columns, path, fps):
                 raise ValueError(f"ffmpeg: {done.stderr.decode(errors='replace')}")
 
 
-PLY_HEADER = """ply
-format binary_little_endian 1.0
-element vertex {}
-property float x
-property float y
-property float z
-property uchar red
-property uchar green
-property uchar blue
-element face {}
-property list uchar int vertex_indices
-end_header
-"""
-
-
-def write_ply(path, points, colors, faces=()):
-    """Points (N, 3) in world units, y up; colors (N, 3) in [-1, 1]; faces (M, 3), outwards."""
-    vertex = np.zeros(len(points), [("xyz", "<f4", 3), ("rgb", "u1", 3)])
-    vertex["xyz"] = points
-    vertex["rgb"] = ((np.clip(colors, -1, 1) + 1) * 127.5).round()
-
-    face = np.zeros(len(faces), [("count", "u1"), ("indices", "<i4", 3)])
-    face["count"] = 3
-    face["indices"] = np.reshape(faces, (-1, 3))
-    header = PLY_HEADER.format(len(vertex), len(face))
-    with tdgp.atomic(path) as tmp:
-        tmp.write_bytes(header.encode() + vertex.tobytes() + face.tobytes())
-
-
-def query(G, planes, points):
-    """One scene at points (N, 3) in world units. -> colours (N, 3), densities (N,) per world unit"""
-    fused = G.cfg.fused and tdgp.custom_ops(points.device.type)
-    rgb, sigma_raw = tdgp.query_triplane(planes, points[None], G.cfg.box, G.decoder, fused)
-    return rgb[0], F.softplus(sigma_raw[0])
-
-
-def density_grid(G, planes, camera, n):
-    """Densities where the camera's rays come, between near and far, else 0. -> (n, n, n) by x, y, z, CPU"""
-    cfg = G.cfg
-    line = torch.linspace(-cfg.box, cfg.box, n, device=planes.device)
-    origin = tdgp.cam2world(camera)[:, :3, 3]  # (1, 3)
-    slabs = []
-    for x in line.tolist():
-        points = F.pad(torch.cartesian_prod(line, line), (1, 0), value=x)  # (n², 3)
-        distance = (points - origin).norm(dim=1)  # (n²,)
-        seen = (distance > cfg.near) & (distance < cfg.far)
-        _, density = query(G, planes, points)
-        slabs.append((density * seen).cpu())
-    return torch.stack(slabs).view(n, n, n)
-
-
-def extract_mesh(G, planes, camera, level, n):
-    """Marching cubes over one scene, n points a side, as far as the camera (of 1) sees.
-    -> vertices (V, 3) in world units, colours (V, 3), faces (M, 3), counter-clockwise from outside"""
-    try:
-        from skimage.measure import marching_cubes
-    except ImportError:
-        raise tdgp.UserError("--mesh: needs scikit-image; pip install scikit-image") from None
-
-    density = density_grid(G, planes, camera, n)
-    top = density.max()
-    if not 0 < level < top:
-        raise ValueError(f"--mesh-level {level:g}: must lie between 0 and the largest density, {top:.3g}")
-    vertices, faces, *_ = marching_cubes(density.numpy(), level, gradient_direction="ascent")
-
-    # Marching cubes counts in cells, from the grid's corner.
-    cell = 2 * G.cfg.box / (n - 1)
-    vertices = (vertices * cell - G.cfg.box).astype(np.float32)
-    parts = torch.from_numpy(vertices).to(planes.device).split(2**16)
-    colors = [query(G, planes, points)[0] for points in parts]
-    return vertices, torch.cat(colors).cpu().numpy(), faces
-
-
-def write_points(s, path):
-    """The pixels of a Sample's picture, at their depth, as a point cloud."""
-    origins, directions = tdgp.camera_rays(s.camera, s.rgb.shape[-1])  # (1, R, 3)
-    points = origins[0] + directions[0] * s.depth.flatten()[:, None]  # (R, 3)
-    write_ply(path, points.cpu().numpy(), s.rgb[0].flatten(1).t().cpu().numpy())
-
-
 def write_depth(depth, path):
     """depth (1, 1, H, W) in [0, 1] -> a 16-bit PNG"""
     levels = (depth[0, 0].clamp(0, 1) * 65535).round()
@@ -275,14 +205,16 @@ def write_sample(G, s, path, options):
     if options.each:
         tdgp.write_image(tdgp.tile([tdgp.to_picture(s.rgb[0])], 1), f"{path}.png")
     if options.points:
-        write_points(s, f"{path}-points.ply")
+        mesh.write_points(s, f"{path}-points.ply")
     if options.depth:
         write_depth((s.depth - G.cfg.near) / (G.cfg.far - G.cfg.near), f"{path}-depth.png")
     if options.depth and G.depth_adaptor:
         write_depth((G.depth_adaptor.adapt(s.depth) + 1) / 2, f"{path}-adapted.png")
     if options.mesh:  # comes last, since it alone may fail
-        mesh = extract_mesh(G, s.planes, s.camera, options.mesh_level, options.mesh_resolution)
-        write_ply(f"{path}-mesh.ply", *mesh)
+        n = options.mesh_resolution
+        surface = mesh.extract_mesh(G, s.planes, s.camera, options.mesh_level, n)
+        mesh.write_ply(f"{path}-mesh.ply", *surface)
+        mesh.write_glb(f"{path}-mesh.glb", *surface)
 
 
 def attempt(failed, name, work, *args):
@@ -294,19 +226,28 @@ def attempt(failed, name, work, *args):
         failed.append(name)
 
 
-@torch.no_grad()
-def sample(given):
-    """All that a person wants to look at, from a checkpoint alone. given: options, a dict"""
-    options = SampleOptions(**given)
-    if min(options.frames, options.fps, options.mesh_resolution / 2, (options.resolution or 2) / 2) < 1:
+def open_generator(options):
+    """-> Generator, path of its checkpoint, kimg. Where no resolution is asked for, sets the trained one."""
+    few = min(options.frames, options.fps)
+    small = min(options.mesh_resolution, options.resolution or 2)
+    if few < 1 or small < 2:
         what = "--frames, --fps: must be 1 or more, --mesh-resolution and --resolution 2 or more"
         raise tdgp.UserError(what)
 
     G, path, kimg = load.open_generator(options.resume, options.device)
     options.resolution = options.resolution or G.cfg.resolution
+    return G, path, kimg
+
+
+@torch.no_grad()
+def sample(given):
+    """All that a person wants to look at, from a checkpoint alone. given: options, a dict"""
+    options = SampleOptions(**given)
+    G, path, kimg = open_generator(options)
     seeds = parse_numbers(options.seeds, "--seeds", 2**31)
     count = max(G.cfg.num_classes, 1)
     classes = parse_numbers(options.classes or f"0-{min(8, count) - 1}", "--classes", count)
+    views = turntable.parse_views(options, G.cfg)
     out = Path(options.out or path.with_name(f"samples-{kimg:010.3f}"))
     out.mkdir(parents=True, exist_ok=True)
 
@@ -315,6 +256,7 @@ def sample(given):
     pictures = []
     films = []  # lists of frames, RGB beside depth
     stops = []  # of the walk, (1, w_dim + 6) each
+    cards = []  # of the turntable, HTML
     samples = draw_samples(G, classes, seeds, options)
     for s in tqdm(samples, total=len(classes) * len(seeds), unit="sample"):
         attempt(failed, s.name, write_sample, G, s, out / s.name, options)
@@ -326,6 +268,8 @@ def sample(given):
         if films and options.each:
             name = f"{s.name}-{options.video}"
             attempt(failed, name, write_animation, [films.pop()], 1, out / name, options.fps)
+        if options.turntable:
+            attempt(failed, f"{s.name}-turntable", turntable.add_card, cards, G, s, views, options)
 
     if not options.each:
         tdgp.write_image(tdgp.tile(pictures, len(seeds)), out / "grid.png")
@@ -335,6 +279,9 @@ def sample(given):
         attempt(failed, "walk", write_walk, G, torch.cat(stops), out / "walk", options)
     if options.cameras:
         write_cameras(G, out / "cameras.png")
+    if options.turntable:
+        title = f"{path.resolve().parent.name}, {kimg:g} kimg"
+        turntable.write_page(out / "turntable.html", title, cards, options.resolution)
     print(f"written to {out}")
     if failed:
         sys.exit(1)

@@ -4235,6 +4235,7 @@ TAMPERED = [
     (another_program, "config.json: has the unknown field 'auto_map'"),
     (lambda f: change_config(f, **{"x\n\x1b": 3}), r"config.json: has the unknown field 'x\n\x1b'"),
     (lambda f: change_config(f, seed="0"), "config.json: seed: cannot be '0'"),
+    (lambda f: change_config(f, seed=True), "config.json: seed: cannot be 'True'"),
     (lambda f: change_config(f, mirror=1), "mirror: cannot be '1'"),
     (lambda f: change_config(f, z_dim=8.0), "z_dim: cannot be '8.0'"),
     (lambda f: change_config(f, near=True), "near: cannot be 'True'"),

@@ -4137,12 +4137,17 @@ def test_a_card_that_is_followed_leads_to_pictures(published, tmp_path, monkeypa
         assert (python, program) == ("python", "tools/sample.py")
         assert tool("sample").main([*argv, "--frames", "3"]) == 0
 
-    made = {path.name for path in Path("pictures").iterdir()}
-    name = "class0000-seed0000"
-    assert made >= {"grid.png", "orbit.webp", "orbit.gif", f"{name}-points.ply", f"{name}-depth.png"}
-    for path in Path("pictures").glob("*.png"):
-        with PIL.Image.open(path) as image:
-            assert np.std(np.asarray(image, float)) > 0
+    made = {str(path) for path in Path("pictures").rglob("*")}
+    points = "pictures/points/class0000-seed0000"
+    assert made >= {
+        "pictures/grid.png",
+        "pictures/orbit/orbit.webp",
+        f"{points}-points.ply",
+        f"{points}-depth.png",
+    }
+    with PIL.Image.open("pictures/grid.png") as image:
+        assert image.size == (4 * 96, 8 * 96)  # seeds across, classes down
+        assert np.std(np.asarray(image, float)) > 0
 
 
 @with_tools

@@ -320,8 +320,8 @@ def commands(options, cfg):
     sample = f"python tools/sample.py --resume {model} --out pictures"
     lines.append(sample)
     if cfg.dims == 3:
-        lines.append(f"{sample} --classes 0 --video orbit")
-        lines.append(f"{sample} --classes 0 --seeds 0 --points --depth")
+        lines.append(f"{sample}/orbit --classes 0 --video orbit")
+        lines.append(f"{sample}/points --classes 0 --seeds 0 --points --depth")
     return "\n".join(lines)
 
 

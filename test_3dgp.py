@@ -4121,6 +4121,9 @@ def test_a_card_says_what_was_measured_and_nothing_in_it_is_markup(run, tmp_path
     assert not re.search(r"(?<!\\)<|^# head|^license: mit", card.text, re.MULTILINE)
     assert card.text.count("FILL IN") == 2
 
+    G, *_ = tool("load").open_generator(folder)
+    assert G.cfg.teacher.startswith("a|b`<script>* --- license: mit")
+
 
 @with_tools
 def test_a_card_that_is_followed_leads_to_pictures(published, tmp_path, monkeypatch):

@@ -4610,6 +4610,9 @@ def test_a_card_says_what_was_measured_and_nothing_in_it_is_markup(run, tmp_path
     assert not re.search(r"(?<!\\)<|^# head|^license: mit", card.text, re.MULTILINE)
     assert card.text.count("FILL IN") == 2
 
+    G, *_ = tool("load").open_generator(folder)
+    assert G.cfg.teacher.startswith("a|b`<script>* --- license: mit")
+
 
 @with_tools
 def test_a_card_that_is_followed_leads_to_pictures(published, tmp_path, monkeypatch):
@@ -4626,12 +4629,17 @@ def test_a_card_that_is_followed_leads_to_pictures(published, tmp_path, monkeypa
         assert (python, program) == ("python", "tools/sample.py")
         assert tool("sample").main([*argv, "--frames", "3"]) == 0
 
-    made = {path.name for path in Path("pictures").iterdir()}
-    name = "class0000-seed0000"
-    assert made >= {"grid.png", "orbit.webp", "orbit.gif", f"{name}-points.ply", f"{name}-depth.png"}
-    for path in Path("pictures").glob("*.png"):
-        with PIL.Image.open(path) as image:
-            assert np.std(np.asarray(image, float)) > 0
+    made = {str(path) for path in Path("pictures").rglob("*")}
+    points = "pictures/points/class0000-seed0000"
+    assert made >= {
+        "pictures/grid.png",
+        "pictures/orbit/orbit.webp",
+        f"{points}-points.ply",
+        f"{points}-depth.png",
+    }
+    with PIL.Image.open("pictures/grid.png") as image:
+        assert image.size == (4 * 96, 8 * 96)  # seeds across, classes down
+        assert np.std(np.asarray(image, float)) > 0
 
 
 @with_tools
@@ -4724,6 +4732,7 @@ TAMPERED = [
     (another_program, "config.json: has the unknown field 'auto_map'"),
     (lambda f: change_config(f, **{"x\n\x1b": 3}), r"config.json: has the unknown field 'x\n\x1b'"),
     (lambda f: change_config(f, seed="0"), "config.json: seed: cannot be '0'"),
+    (lambda f: change_config(f, seed=True), "config.json: seed: cannot be 'True'"),
     (lambda f: change_config(f, mirror=1), "mirror: cannot be '1'"),
     (lambda f: change_config(f, z_dim=8.0), "z_dim: cannot be '8.0'"),
     (lambda f: change_config(f, near=True), "near: cannot be 'True'"),

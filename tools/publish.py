@@ -85,8 +85,11 @@ def shared_config(cfg):
     teacher = cfg.teacher
     if teacher.startswith("local-dir:"):  # so timm calls a model in a folder
         teacher = Path(teacher).name
+    names = dict(
+        data=printable(data), teacher=printable(teacher), detector=printable(Path(cfg.detector).name)
+    )
     alone = dict(out="", resume="", depth_weights="", teacher_weights="", device="auto")
-    return dataclasses.replace(cfg, data=data, teacher=teacher, detector=Path(cfg.detector).name, **alone)
+    return dataclasses.replace(cfg, **names, **alone)
 
 
 def published_state(G, dtype):
@@ -150,9 +153,14 @@ TRUTHS = {
 }
 
 
+def printable(text):
+    """Text in one line: in place of line breaks, and of all else that does not show, are spaces."""
+    return "".join(x if x.isprintable() else " " for x in text)
+
+
 def plain(text):
     """Text for markdown that shows as it is, whatever it holds: in one line, and nothing in it is markup."""
-    text = "".join(x if x.isprintable() else " " for x in str(text))
+    text = printable(str(text))
     return re.sub(r"([\\`*_\[\]<>#|~$&])", r"\\\1", text)
 
 
@@ -320,8 +328,8 @@ def commands(options, cfg):
     sample = f"python tools/sample.py --resume {model} --out pictures"
     lines.append(sample)
     if cfg.dims == 3:
-        lines.append(f"{sample} --classes 0 --video orbit")
-        lines.append(f"{sample} --classes 0 --seeds 0 --points --depth")
+        lines.append(f"{sample}/orbit --classes 0 --video orbit")
+        lines.append(f"{sample}/points --classes 0 --seeds 0 --points --depth")
     return "\n".join(lines)
 
 

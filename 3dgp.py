@@ -2061,7 +2061,7 @@ def begin_folder(run):
     reals = real_images(torch.utils.data.default_collate([run.data[i] for i in spread]), "cpu")
     folder = Path(run.cfg.out)
     folder.mkdir(parents=True, exist_ok=True)
-    if run.cfg.resume in ("", "auto"):  # of two runs that begin at the same moment, one takes it
+    if not run.cfg.resume:  # of two runs that begin at the same moment, one takes it
         (folder / "config.json").touch(exist_ok=False)
     for path in folder.glob(".*.tmp"):  # of a process that was killed
         path.unlink()
@@ -2349,10 +2349,10 @@ def resolve(given):
     out = Path(given.get("out") or Path("runs", Path(data).stem))
     resume = given.get("resume", "")
     if not resume or resume == "auto" and not checkpoints(out):
-        if Path(out, "config.json").exists() and not resume:
+        taken = Path(out, "config.json").exists()  # by a run, or a start that was killed
+        if taken and not resume:
             raise UserError(f"--out {out}: holds a run; go on by --resume latest, or name another folder")
-        Path(out, "config.json").unlink(missing_ok=True)  # of a start that was killed
-        return make_config({**given, "out": str(out)}), None
+        return make_config({**given, "out": str(out), "resume": "auto" if taken else ""}), None
     path, saved, state = load_checkpoint(out if resume in ("latest", "auto") else resume)
     cfg = replace(saved, **{"out": str(path.parent), **given, "resume": str(path)})
     if cfg.preset != saved.preset:

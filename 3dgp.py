@@ -345,7 +345,7 @@ def fill_holes(depth):
     spike = gaps.size > 1 and gaps[0] > max(4 * np.median(gaps[1:]), 0.05 * levels.mean())
     if spike and levels[0] == 0 and levels[-1] != 65535:
         depth[depth == 0] = np.nan
-    if np.isfinite(depth).mean() < 0.1 or not depth.any():
+    if np.isfinite(depth).mean() < 0.1:
         raise ValueError("less than a tenth of its depth is measured")
     for line in (*depth, *depth.T):
         known = np.isfinite(line)
@@ -1970,7 +1970,7 @@ def choose_device(wanted, precision="tf32"):
     """wanted: as --device. -> torch.device, with PyTorch set up for it"""
     gpus = 0 if wanted == "cpu" else torch.cuda.device_count()
     if gpus <= LOCAL_RANK and (gpus or wanted == "cuda"):
-        raise UserError(f"--device {wanted}: process {LOCAL_RANK} finds {gpus} GPUs; start fewer, or use cpu")
+        raise UserError(f"--device {wanted}: no GPU for process {LOCAL_RANK}, {gpus} found; start fewer")
     if not gpus:
         # glibc: freed memory stays with the process, since new pages cost more than the arithmetic on them.
         with contextlib.suppress(OSError, AttributeError, TypeError):

@@ -274,10 +274,10 @@ class Work:
     def ready_depth(self, i, size):
         """The ready map of photograph i, whose size is (w, h), cut as the photograph is. -> (R, R)"""
         depth = self.read_map(self.names[i])  # (H, W)
+        known = np.isfinite(depth) & (depth > 0)
+        if not depth.any() or (self.cfg.invert and known.mean() < 0.1):
+            raise ValueError("less than a tenth of its depth is measured")
         if self.cfg.invert:  # what was not measured is far: 10 times as far as the nearest, the limit of all
-            known = np.isfinite(depth) & (depth > 0)
-            if known.mean() < 0.1:
-                raise ValueError("less than a tenth of its depth is measured")
             depth = 1 / np.where(known, depth, 0).clip(min=0.1 * depth[known].max())
         depth = tdgp.fill_holes(depth)
         return tdgp.fit_depth(depth, size, (self.cfg.resolution, self.cfg.resolution))

@@ -3245,7 +3245,7 @@ def test_what_a_terminal_cannot_show_is_replaced(encoding):
     command = [sys.executable, SCRIPT, "--help"]
     done = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": encoding}, capture_output=True)
     assert done.returncode == 0, done.stderr
-    assert f"published ones at 256{'²' if encoding == 'utf-8' else '?'};" in done.stdout.decode(encoding)
+    assert f"as published at 256{'²' if encoding == 'utf-8' else '?'};" in done.stdout.decode(encoding)
 
 
 def test_systems_without_some_signals_are_served():

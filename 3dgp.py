@@ -87,7 +87,7 @@ class Config:
     out: str = opt("", "run folder (empty: runs/<data>)")
     preset: str = opt("", "model size (empty: the one for --data)", "tiny", "small", "base", "imagenet")
     resume: str = opt("", "a checkpoint, or 'latest' of --out, or 'auto': that if any, else a new run")
-    init: str = opt("", "fine-tuning: a new run begins with the networks of this run, checkpoint or model")
+    init: str = opt("", "fine-tuning: a new run begins with the networks of this finished run, or checkpoint")
     seed: int = opt(0, "all draws of a run are a function of this, the step and the pass")
     device: str = opt("auto", "auto takes the GPU if there is one", "auto", "cuda", "cpu")
     workers: int = opt(4, "data loading processes per training process (0: load in the training process)")
@@ -293,10 +293,8 @@ def load_tensors(path, flag, **kind):
 
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True, **kind)
-    except FileNotFoundError:
-        raise UserError(f"{flag} {path}: no such file") from None
     except Exception as e:  # a damaged or foreign file raises anything
-        raise UserError(f"{flag} {path}: not a readable file of tensors ({type(e).__name__})") from None
+        raise UserError(f"{flag} {path}: no such file, or not one of tensors ({type(e).__name__})") from None
 
 
 # ---- Data --------------------------------------------------------------------------------------------------
@@ -304,8 +302,7 @@ def load_tensors(path, flag, **kind):
 # `image` uint8 (3, R, R); `depth` float32 (1, R, R) in [-1, 1], larger is farther; and `label`.
 
 NO_PHOTOS = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "PCD", "PDF", "WMF"}  # or not for Pillow alone
-SUFFIXES = {end for end, kind in Image.registered_extensions().items() if kind not in NO_PHOTOS}
-SUFFIXES -= {".pfm"}  # floats, as a rule of depth
+SUFFIXES = {end for end, kind in Image.registered_extensions().items() if kind not in NO_PHOTOS} - {".pfm"}
 Image.MAX_IMAGE_PIXELS = None  # the limit is in to_rgb, by memory
 MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2**33
 
@@ -318,7 +315,8 @@ def to_rgb(image):
         raise ValueError("floats, whose range nobody knows; save it with 8 or 16 bits")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
-        gray = np.asarray(image).clip(0, 65535) // 257
+        gray = np.asarray(image).clip(0, 65535)
+        gray = gray // (257 if gray.max() > 4095 else 16)  # some cameras have 12 bits
         image = Image.fromarray(gray.astype(np.uint8))
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
@@ -331,20 +329,22 @@ def read_depth(content):
     with Image.open(io.BytesIO(content)) as image:
         image = ImageOps.exif_transpose(image)
         depth = np.atleast_3d(image.convert("RGB") if image.mode == "P" else image)  # (H, W, 1 to 4)
-    if depth.shape[2] > 2 and (depth[..., :1] != depth[..., 1:3]).any():
+    if depth.shape[2] > 2 and np.ptp(depth[..., :3], 2).max() > 8:  # lossy files have traces of colour
         raise ValueError("a picture of depth, not depth: it has colours")
     return depth[..., 0]
 
 
 def fill_holes(depth):
-    """What a sensor has not measured, NaN, or zeros far from all other values (but in maps from 0 to 65535),
-    becomes as what is beside it in its row, or else in its column. (H, W) -> float32 (H, W)"""
-    depth = np.array(depth, np.float32)
+    """What was not measured becomes as what is beside it in its row, or else column: NaN, infinity, and zeros
+    (or -1) far from all other values, but in maps from 0 to 65535. (H, W) -> float32 (H, W)"""
+    depth = np.float32(np.where(depth < 1e9, depth, np.nan))
+    if depth.min() > 0 or depth.max() == 65535:  # not so with NaN
+        return depth
     levels = np.unique(depth[np.isfinite(depth)])
     gaps = np.diff(levels)
     spike = gaps.size > 1 and gaps[0] > max(4 * np.median(gaps[1:]), 0.05 * levels.mean())
-    if spike and levels[0] == 0 and levels[-1] != 65535:
-        depth[depth == 0] = np.nan
+    if spike and levels[0] <= 0:
+        depth[depth == levels[0]] = np.nan
     if np.isfinite(depth).mean() < 0.1:
         raise ValueError("less than a tenth of its depth is measured")
     for line in (*depth, *depth.T):
@@ -482,8 +482,8 @@ class ImageData:
                     raise ValueError(f"{name}: class {label!r} is no whole number from 0 to 99,999")
             if len(dict(listed)) < len(listed):
                 raise ValueError("a file is listed twice")
-            folder = os.path.dirname(listing)
-            return Names({os.path.join(folder, name.replace("\\", "/")): label for name, label in listed})
+            folder = Path(listing).parent
+            return Names({str(folder / name.replace("\\", "/")): label for name, label in listed})
         except Exception as e:  # whatever a damaged file leads to
             form = '{"labels": [["file", class], ...]}'
             raise UserError(f"--data {self.source}: dataset.json is not of the form {form} ({e})") from None
@@ -1968,9 +1968,9 @@ def training_step(run, batch, stats):
 
 def choose_device(wanted, precision="tf32"):
     """wanted: as --device. -> torch.device, with PyTorch set up for it"""
-    gpus = 0 if wanted == "cpu" else torch.cuda.device_count()
+    gpus = torch.cuda.device_count() if wanted != "cpu" and torch.cuda.is_available() else 0
     if gpus <= LOCAL_RANK and (gpus or wanted == "cuda"):
-        raise UserError(f"--device {wanted}: no GPU for process {LOCAL_RANK}, {gpus} found; start fewer")
+        raise UserError(f"--device {wanted}: no GPU for process {LOCAL_RANK}, {gpus} found; try cpu")
     if not gpus:
         # glibc: freed memory stays with the process, since new pages cost more than the arithmetic on them.
         with contextlib.suppress(OSError, AttributeError, TypeError):
@@ -2042,7 +2042,7 @@ def load_start(path):
     """What --init names: a checkpoint, a run's newest, or what tools/publish.py wrote. -> states by name"""
     published = Path(path, "model.safetensors")
     if published.exists():
-        return dict(G_ema=load_tensors(published, "--init"), D={})
+        return dict(G_ema=load_tensors(published, "--init"))
     return load_checkpoint(path)[2]
 
 
@@ -2051,7 +2051,7 @@ def begin_with(path, module, given):
     own = module.state_dict()
     fits = {key: t for key, t in given.items() if key in own and t.shape == own[key].shape}
     module.load_state_dict(fits, strict=False)
-    anew = ", ".join(sorted(own.keys() - fits.keys())) or "nothing"
+    anew = ", ".join(sorted(own.keys() - fits)) or "nothing"
     say(f"--init {path}: {type(module).__name__} begins with {len(fits)} tensors; anew: {anew}")
 
 
@@ -2093,7 +2093,7 @@ def diagnose(entry, before):
 def go_back(cfg, what, kimg, healthy):
     """After a divergence, seen at kimg: -> Config, state of a checkpoint from when all was well, at `healthy`
     kimg at the latest. Each recovery goes one checkpoint further back than the one before."""
-    said = f"diverged at {kimg:g} kimg: {what}"
+    said = f"diverged at {kimg} kimg: {what}"
     before = len(cfg.recoveries)
     if before == GUARD_TRIES:
         raise UserError(f"{said}, after {before} recoveries; lower --g-lr and --d-lr, or raise --r1-gamma")
@@ -2139,8 +2139,8 @@ def open_run(cfg, state, stop):
         except Exception:  # of other options or data, or damaged
             raise UserError(f"--resume {cfg.resume}: of networks that do not fit") from None
     elif start:
-        begin_with(cfg.init, run.G, start["G_ema"])
-        begin_with(cfg.init, run.D, start["D"])
+        begin_with(cfg.init, run.G, start.get("G_ema", {}))
+        begin_with(cfg.init, run.D, start.get("D", {}))
         run.G_ema.load_state_dict(run.G.state_dict())
     return run
 
@@ -2174,7 +2174,7 @@ def train_until_trouble(cfg, state, stop):  # noqa: C901, PLR0915 (the loop, fro
         say(f"{cfg.out}: finished already")
         return None
 
-    say(f"{cfg.data}: {len(run.data):,} images, {cfg.num_classes} classes; {WORLD} x {device}; {cfg.out}")
+    say(f"{cfg.data}: {len(run.data)} images, {cfg.num_classes} classes; {WORLD} x {device}; {cfg.out}")
     detector = Detector(cfg.detector, device) if "fid" in cfg.metrics else None
     if RANK == 0:
         begin_folder(run)
@@ -2194,7 +2194,6 @@ def train_until_trouble(cfg, state, stop):  # noqa: C901, PLR0915 (the loop, fro
             stopped = training_step(run, batch, stats)
             run.step += 1
             run.done = stopped or run.images >= total
-            bar.update(cfg.batch_size)
 
             if run.due(cfg.log_kimg):
                 speed = (run.images - tick[1]) / (time.time() - tick[0])
@@ -2205,7 +2204,6 @@ def train_until_trouble(cfg, state, stop):  # noqa: C901, PLR0915 (the loop, fro
                 history.append(entry)
                 healthy = run.kimg
                 append_line(Path(cfg.out, "log.jsonl"), entry)
-                bar.set_postfix(G=entry["loss_g"], D=entry["loss_d_fake"])
 
             if RANK == 0 and run.due(cfg.snapshot_kimg):
                 snapshot(run)
@@ -2213,13 +2211,14 @@ def train_until_trouble(cfg, state, stop):  # noqa: C901, PLR0915 (the loop, fro
             if run.due(cfg.metrics_kimg) and not stopped:
                 evaluate(run, detector, reals)
 
+            bar.update(cfg.batch_size)  # after the checkpoint: who looked on may have gone
             if run.due(cfg.log_kimg):
                 tick = time.time(), run.images  # speed is that of training alone
             if run.done:
                 break
 
     end = f"stopped (go on with --resume latest --out {cfg.out})" if run.images < total else "finished"
-    say(f"{end} at {run.kimg:g} kimg; see {run.file('samples', 'png')}")
+    say(f"{end} at {run.kimg} kimg; see {run.file('samples', 'png')}")
 
 
 # ---- Pictures ----------------------------------------------------------------------------------------------
@@ -2324,6 +2323,7 @@ def validate(cfg, world):
 
     R, P = cfg.resolution, cfg.patch_resolution
     require(cfg.data, "--data: is empty; name a folder or a zip of images")
+    require(os.path.realpath(cfg.out) != cfg.data, "--out: is the folder of the data; name another")
     require(cfg.dims == 3 or cfg.depth == "none", "--dims 2: a picture has no depth; add --depth none")
     require(P <= R, f"--patch-resolution {P}: larger than --resolution {R}")
     require(cfg.prior_pitch[1] <= math.pi, "--prior-pitch: must lie between 0 and pi")
@@ -2345,7 +2345,7 @@ def resolve(given):
     """The options given -> Config, and the state to go on from or None. What is not given stays as it was."""
     data = given.get("data", "shapes")
     if data and data not in DATA_PRESETS:
-        given = {**given, "data": os.path.realpath(data)}
+        given["data"] = data = os.path.realpath(data)
     out = Path(given.get("out") or Path("runs", Path(data).stem))
     resume = given.get("resume", "")
     if not resume or resume == "auto" and not checkpoints(out):

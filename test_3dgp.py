@@ -763,10 +763,46 @@ def test_a_map_in_any_colour_is_refused():
             m.read_depth(content.getvalue())
 
 
+def test_traces_of_colour_in_a_lossy_map_are_none():
+    gray = np.tile(np.arange(0, 240, 6, dtype=np.uint8), (30, 1))
+    content = io.BytesIO()
+    PIL.Image.fromarray(np.stack([gray, gray + 1, gray + 3], 2)).save(content, "WEBP", lossless=True)
+    assert np.array_equal(m.read_depth(content.getvalue()), gray)
+
+
+@pytest.mark.parametrize("nothing", [-1, 1e10, math.inf, math.nan])
+def test_what_stands_for_not_measured_is_filled(tmp_path, nothing):
+    """-1, as many programs write it; 1e10, as Blender does."""
+    slope = np.tile(np.linspace(1.5, 5, 40), (30, 1)).astype(np.float32)
+    holed = slope.copy()
+    holed[10:20, 15:25] = nothing
+    assert np.allclose(m.fill_holes(holed), slope, atol=1e-5)
+
+    photo((40, 30)).save(tmp_path / "0.jpg")
+    PIL.Image.fromarray(holed).save(tmp_path / "0_depth.tif")
+    depth = data_of(tmp_path)[0]["depth"][0]
+    assert (depth.diff(dim=1) >= 0).all()
+    assert depth.min() == -1
+
+
+def test_depth_may_be_negative():
+    """As along the axis of a camera that looks along -z; what is larger is farther still."""
+    slope = np.tile(np.linspace(-5, -1.5, 40), (30, 1))
+    assert np.array_equal(m.fill_holes(slope), slope.astype(np.float32))
+
+
+def test_pictures_of_12_bits_are_not_dark():
+    gray = np.tile(np.linspace(0, 4095, 40), (30, 1)).astype(np.uint16)
+    picture = np.asarray(m.to_rgb(PIL.Image.fromarray(gray)))
+    assert (picture.min(), picture.max()) == (0, 255)
+    assert np.abs(picture[..., 0] - gray / 4095 * 255).max() < 2
+
+
 def test_a_list_of_classes_may_lie_above_the_pictures(tmp_path):
     root = make_folder(tmp_path / "a" / "b", each=2)
     names = [f"b/{name}" for name in data_of(root, depth="none").names]
-    (tmp_path / "a" / "dataset.json").write_text(json.dumps({"labels": [[name, 9] for name in names]}))
+    listed = [[f"./{name}" if k else name, 9] for k, name in enumerate(names)]  # as `find .` prints them
+    (tmp_path / "a" / "dataset.json").write_text(json.dumps({"labels": listed}))
     assert data_of(tmp_path / "a", depth="none").labels.tolist() == [9] * 4
     assert data_of(tmp_path, depth="none").labels.tolist() == [9] * 4
 
@@ -2341,6 +2377,17 @@ def test_ctrl_c_saves_and_the_run_goes_on(tmp_path):
     assert checkpoint(tmp_path / "run")["step"] == state["step"] + 2
 
 
+def test_ctrl_c_saves_though_the_readers_of_what_is_printed_have_gone(tmp_path):
+    """As `2>&1 | tee log` goes, of the same Ctrl-C."""
+    process = start_training(tmp_path / "run")
+    wait_for_lines(tmp_path / "run")
+    process.stdout.close()
+    process.stderr.close()
+    process.send_signal(signal.SIGINT)
+    process.wait(timeout=60)
+    assert checkpoint(tmp_path / "run")["step"] > 0
+
+
 def test_full_disk_leaves_the_earlier_checkpoint(tmp_path, monkeypatch, capsys):
     out = train_micro(tmp_path / "run", kimg=0.016)
     earlier = out / "checkpoint-000000.016.pt"
@@ -2637,6 +2684,23 @@ def test_auto_resumes_what_is_there(tmp_path, capsys):
     assert m.main(["--resume", "latest", *again]) == 0
     assert "finished already" in capsys.readouterr().out
     assert files == {path: path.stat().st_mtime_ns for path in out.iterdir()}
+
+
+def test_a_run_is_not_in_its_data(tmp_path, capsys):
+    root = make_folder(tmp_path / "photos")
+    before = sorted(root.rglob("*"))
+    status, err = run_main(capsys, "--data", root, "--out", root, "--depth", "none", *flags(**MICRO))
+    assert status == 2
+    assert "--out: is the folder of the data" in err
+    assert sorted(root.rglob("*")) == before
+
+
+def test_a_run_has_the_name_of_its_data(tmp_path, monkeypatch):
+    (tmp_path / "photos" / "sub").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("photos")
+    for place, data in ((".", "link"), ("photos", "."), ("photos/sub", "..")):
+        monkeypatch.chdir(tmp_path / place)
+        assert m.resolve({"data": data})[0].out == "runs/photos"
 
 
 def test_resuming_is_no_way_round_a_mistake(tmp_path, capsys):
@@ -3130,7 +3194,7 @@ def test_a_run_may_begin_with_a_published_generator(run, tmp_path, capsys):
         (model / "model.safetensors").write_bytes(content)
         status, err = run_main(capsys, "--init", model, "--out", tmp_path / "none", *flags(**MICRO))
         assert status == 2
-        assert f"--init {model}/model.safetensors: not a readable file of tensors" in err
+        assert f"--init {model}/model.safetensors: no such file, or not one of tensors (Safeten" in err
 
 
 @pytest.mark.parametrize("what, reason", [("nowhere", "no such file"), (".", "no checkpoint in ")])
@@ -3259,9 +3323,11 @@ def test_systems_without_some_signals_are_served():
 
 def test_no_gpu_when_asked_for_one(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # one that its driver does not serve
     status, err = run_main(capsys, "--device", "cuda", "--out", tmp_path / "out")
     assert status == 2
     assert "no GPU" in err
+    assert m.choose_device("auto") == torch.device("cpu")
 
 
 def test_batch_that_does_not_fit_the_processes():
@@ -3409,7 +3475,7 @@ def test_a_preparation_that_fails_ends_the_run(tmp_path, monkeypatch, capfd):
     # Theirs says what is wrong, ours what else can be done.
     theirs, ours = err.splitlines()
     assert theirs.startswith("lereS_depth.py: error: ")
-    assert "weights.pth: not a readable file" in theirs
+    assert "weights.pth: no such file, or not one of tensors" in theirs
     assert ours.startswith("3dgp.py: error: ")
     assert "train on RGB alone" in ours
     assert not (tmp_path / "out").exists()
@@ -4525,6 +4591,35 @@ def test_a_published_model_is_measured_as_its_run(run, published, tmp_path, monk
 
 
 @with_tools
+def test_a_published_model_does_not_steer_the_machine(published, tmp_path, capsys):
+    """Nor is a folder of this machine read because its config.json names one."""
+    folder = tmp_path / "model"
+    shutil.copytree(published, folder)
+    change_config(folder, workers=60, timeout=1e9, out="/etc", init="x", data=str(tmp_path), device="cuda")
+    G, *_ = tool("load").open_generator(folder, "cpu")
+    own = m.Config()
+    for name in ("workers", "timeout", "out", "init", "device"):
+        assert getattr(G.cfg, name) == getattr(own, name)
+    status, err = run_tool(
+        capsys, "evaluate", "--resume", folder, "--metrics", "fid16", "--detector", "area8"
+    )
+    assert status == 2
+    assert "--data: name the images to compare with" in err
+
+
+@with_tools
+def test_pictures_are_not_published_as_scenes(run, tmp_path, capsys):
+    state = checkpoint(run)
+    config = {**state["config"], "dims": 2, "depth": "none"}
+    G = m.Generator(m.Config(**config))
+    torch.save({**state, "config": config, "G_ema": G.state_dict()}, tmp_path / "checkpoint-000000.048.pt")
+    status, err = run_tool(capsys, "publish", tmp_path, tmp_path / "out")
+    assert status == 2
+    assert "--dims 2" in err
+    assert not (tmp_path / "out").exists()
+
+
+@with_tools
 def test_in_bf16_a_model_has_half_the_size_and_nearly_the_same_pictures(run, published, tmp_path):
     assert tool("publish").main([str(run), str(tmp_path / "half"), "--dtype", "bf16"]) == 0
     sizes = [(folder / "model.safetensors").stat().st_size for folder in (tmp_path / "half", published)]
@@ -4556,7 +4651,7 @@ def republish(run, folder, metrics=(), **config):
 @with_tools
 def test_nothing_of_the_authors_machine_is_published(run, tmp_path):
     row = {"kimg": 0.048, "data": "/home/me/photos", "reals": 0, "fid16[net]": 3.5}
-    paths = ("resume", "teacher_weights", "depth_weights", "detector", "data", "out")
+    paths = ("resume", "init", "teacher_weights", "depth_weights", "detector", "data", "out")
     config = {name: f"/home/me/{name}.pth" for name in paths}
     folder = republish(run, tmp_path, [row], **config, teacher="local-dir:/home/me/teacher")
     for path in folder.iterdir():
@@ -4564,7 +4659,7 @@ def test_nothing_of_the_authors_machine_is_published(run, tmp_path):
         assert str(tmp_path).encode() not in path.read_bytes(), path.name
 
     saved = json.loads((folder / "config.json").read_text())["config"]
-    assert [saved[name] for name in paths] == ["", "", "", "detector.pth", "data.pth", ""]
+    assert [saved[name] for name in paths] == ["", "", "", "", "detector.pth", "data.pth", ""]
     assert saved["teacher"] == "teacher"
     # Somebody's own folder of that name is not what the program calls so.
     shapes = republish(run, tmp_path / "2", data="/home/me/shapes")
@@ -4664,6 +4759,11 @@ def test_pictures_that_are_gone_are_drawn_and_large_ones_become_webp(run, tmp_pa
     with PIL.Image.open(tmp_path / "a" / "samples.png") as image:
         assert image.size == (16 * 96, 4 * 2 * 96)
 
+    # Damaged so that Pillow has an error of its own.
+    path = tmp_path / "run" / SAMPLES
+    path.write_bytes((run / SAMPLES).read_bytes().replace(b"IDAT", b"!DAT"))
+    assert publish.main([str(tmp_path / "run"), str(tmp_path / "c")]) == 0
+
     monkeypatch.setattr(publish, "MOST_BYTES", 1000)
     assert publish.main([str(run), str(tmp_path / "b")]) == 0
     names = {path.name for path in (tmp_path / "b").iterdir()}
@@ -4742,6 +4842,8 @@ TAMPERED = [
     (lambda f: change_config(f, resolution=48), "config.json: --resolution 48: must be a power of two"),
     (lambda f: change_config(f, far=math.nan), "config.json: --far: not a finite number"),
     (lambda f: change_config(f, z_dim=10**400), "config.json: "),
+    (lambda f: change_config(f, coarse_samples=10**8), "config.json: describes pictures, or samples"),
+    (lambda f: change_config(f, resolution=2**20, channel_base=2**20), "describes pictures, or samples"),
     (lambda f: change_config(f, z_dim=10**12), "by its config.json"),
     (lambda f: change_config(f, triplane_resolution=2**40, channel_base=2**40), "describes no network"),
 ]

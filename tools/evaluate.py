@@ -314,6 +314,8 @@ def evaluate_checkpoint(given):
         raise tdgp.UserError("--metrics is empty: name what to measure, as in fid50k,nfs256")
     G, path, kimg = load.open_generator(options.resume, options.device)
     G.cfg = dataclasses.replace(G.cfg, data=options.data or G.cfg.data)
+    if not G.cfg.data:
+        raise tdgp.UserError("--data: name the images to compare with; a published model has none")
     device = next(G.parameters()).device
 
     detector = open_detector(options.detector, device, [kind for kind, _, _ in metrics])

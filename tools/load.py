@@ -19,6 +19,7 @@ tdgp = importlib.import_module("3dgp")
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
+OF_A_MACHINE = ("out", "resume", "init", "device", "workers", "timeout", "depth_weights", "teacher_weights")
 
 
 def open_generator(resume, device="auto"):
@@ -33,19 +34,26 @@ def open_generator(resume, device="auto"):
         path, cfg, state, images = open_published(folder, folder)
     else:
         path, cfg, everything = tdgp.load_checkpoint(resume)
-        state, images = everything["G_ema"], everything["images"]
+        state, images = everything.get("G_ema"), everything.get("images")
 
     try:
+        kimg = images / 1000
         G = tdgp.Generator(cfg)
         G.load_state_dict(state)  # bf16 becomes float32 here
     except Exception:  # damaged, or of another version
         raise refusal(path, "of networks that do not fit") from None
-    return G.to(tdgp.choose_device(device)).eval().requires_grad_(False), path, images / 1000
+    return G.to(tdgp.choose_device(device)).eval().requires_grad_(False), path, kimg
 
 
 def open_published(folder, place):
     """-> where its weights would lie in the folder `place`, Config, state dict, images seen"""
     cfg, images = read_config(folder / CONFIG)
+    if max(cfg.resolution, cfg.coarse_samples, cfg.fine_samples) > 4096:
+        raise refusal(folder / CONFIG, "describes pictures, or samples on a ray, that fill any memory")
+
+    # What is of a machine is this one's, not the author's; data of their own are not here.
+    data = cfg.data if cfg.data in tdgp.DATA_PRESETS else ""
+    cfg = dataclasses.replace(cfg, data=data, **{name: getattr(tdgp.Config, name) for name in OF_A_MACHINE})
 
     # Names and shapes are compared with a network that takes no memory: sizes may be absurd.
     try:

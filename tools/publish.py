@@ -2,7 +2,7 @@
 
     python tools/publish.py runs/shapes my-model                  # weights, config.json, README.md, a picture
     python tools/publish.py runs/shapes my-model --dtype bf16 --repo me/my-model
-    hf upload me/my-model my-model                                # to the Hub, once you have read the card
+    hf upload me/my-model my-model --exclude "samples-*" metrics.jsonl     # to the Hub, once the card is read
     python tools/sample.py --resume my-model                      # or hf:me/my-model
 
 The weights are those of the averaged generator alone. No path of this machine is in the folder.
@@ -48,6 +48,8 @@ def publish(options):
     folder = Path(options.folder).resolve()
     check_options(options, folder)
     G, path, kimg = load.open_generator(options.run, "cpu")
+    if G.cfg.dims == 2:
+        raise tdgp.UserError(f"{path}: makes pictures, not scenes (--dims 2), which a card does not describe")
     G.cfg = shared_config(G.cfg)
     state = published_state(G, options.dtype)
 
@@ -88,7 +90,7 @@ def shared_config(cfg):
     names = dict(
         data=printable(data), teacher=printable(teacher), detector=printable(Path(cfg.detector).name)
     )
-    alone = dict(out="", resume="", depth_weights="", teacher_weights="", device="auto")
+    alone = dict(out="", resume="", init="", depth_weights="", teacher_weights="", device="auto")
     return dataclasses.replace(cfg, **names, **alone)
 
 
@@ -122,7 +124,7 @@ def write_picture(G, path, folder):
     try:
         with Image.open(path) as image:
             image = image.convert("RGB")
-    except OSError:
+    except (OSError, SyntaxError, ValueError):  # gone, or damaged
         tdgp.write_samples(G, torch.arange(max(G.cfg.num_classes, 1)), png)
         with Image.open(png) as image:
             image = image.convert("RGB")
@@ -298,7 +300,7 @@ def model_card(options, G, kimg, picture, metrics):
         picture=picture,
         metrics=metrics,
         where=where(options),
-        commands=commands(options, cfg),
+        commands=commands(options),
     )
 
 
@@ -312,7 +314,7 @@ def where(options):
     return f"FILL IN: where to get the program. Where `3dgp.py` is{beside}:"
 
 
-def commands(options, cfg):
+def commands(options):
     """Those of the card, which lead to pictures. -> text, a line for each"""
     folder = shlex.quote(Path(options.folder).resolve().name)
     lines = []
@@ -327,9 +329,8 @@ def commands(options, cfg):
     model = f"hf:{options.repo}" if options.repo else folder
     sample = f"python tools/sample.py --resume {model} --out pictures"
     lines.append(sample)
-    if cfg.dims == 3:
-        lines.append(f"{sample}/orbit --classes 0 --video orbit")
-        lines.append(f"{sample}/points --classes 0 --seeds 0 --points --depth")
+    lines.append(f"{sample}/orbit --classes 0 --video orbit")
+    lines.append(f"{sample}/points --classes 0 --seeds 0 --points --depth")
     return "\n".join(lines)
 
 

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 tdgp = importlib.import_module("3dgp")
 
 COLORS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2")  # of the runs, in turn
-SPEED = ("images_per_second", "memory_mb")  # what of the log stands under that heading
+SPEED = ("images_per_second",)  # what of the log stands under that heading
 MOST_POINTS = 400  # of a line in a chart
 MOST_PICTURES = 20  # of a run
 

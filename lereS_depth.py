@@ -376,9 +376,12 @@ class Job:
         self.rank, self.world = tdgp.RANK, tdgp.WORLD
         self.device = tdgp.choose_device(cfg.device, cfg.precision)
         self.target = Path(cfg.target)
-        self.zipped = cfg.target.endswith(".zip")
-        self.folder = self.target.with_suffix(".unfinished") if self.zipped else self.target
-        self.complete = self.target if self.zipped else self.target / "dataset.json"  # comes last
+        self.zipped = cfg.target.lower().endswith(".zip")
+        self.folder = self.target
+        self.complete = self.target / "dataset.json"  # comes last
+        if self.zipped:
+            self.folder = self.target.with_suffix(".unfinished")
+            self.complete = self.target
         self.note = self.folder / "prepared.json"
         self.marks = [self.folder / f".part-{rank}-of-{self.world}" for rank in range(self.world)]
         self.work = None  # the photographs, once they have been found

@@ -5275,6 +5275,16 @@ def test_bench_times_and_counts_the_phases_of_a_step(capsys):
 
 
 @with_tools
+def test_bench_distils_features_that_are_given():
+    counts = []
+    for teacher_dim in (0, 50):
+        _, rows = tool("bench").bench_step(micro(num_classes=8, teacher_dim=teacher_dim), 1, CPU)
+        counts += [row["Gflop/image"] for row in rows if row["what"] == "D on reals"]
+    products = 8 * 16 * 8 + 8 * 50  # of the head's two layers; forward, and twice backward
+    assert counts[1] - counts[0] == pytest.approx(3 * 2 * products / 1e9, rel=1e-3)
+
+
+@with_tools
 def test_bench_times_pictures(capsys):
     rows = {row["what"]: row["ms"] for row in bench(capsys, "render", *micro_sizes())}
     assert rows["picture"] > rows["planes"] > 0

@@ -3273,7 +3273,7 @@ BAD_INPUT = [
     (["--teacher", "nonsense_net"], "Unknown model"),
     (["--resume", "missing.pt"], "missing.pt: no such file"),
     (["--resume", "latest", "--out", "EMPTY"], "no checkpoint"),
-    (["--resume", "GARBAGE"], "not a readable"),
+    (["--resume", "GARBAGE"], "not one of tensors"),
     (["--metrics", "fid50x"], "--metrics fid50x: must be fid or nfs, a number"),
     (["--metrics", "is2k"], "--metrics is2k: must be fid or nfs"),
     (["--detector", "GARBAGE"], "not TorchScript in the field's format"),

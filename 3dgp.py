@@ -39,7 +39,6 @@ import hashlib
 import io
 import itertools
 import json
-import logging
 import math
 import os
 import re
@@ -95,7 +94,6 @@ class Config:
     depth: str = opt("auto", "files beside the images, else LeReS; none: RGB alone", "auto", "none")
     depth_weights: str = opt("", "LeReS checkpoint for photographs without depth (empty: downloaded once)")
     depth_distortion: float = opt(1.0, "shapes only: how wrong 'estimated' depth is (0: a copy of the truth)")
-
     # sizes; the first two are no options, they are set from the data and the teacher
     num_classes: int = 0  # 0: none
     teacher_dim: int = 0  # size of the teacher's features; 0: no distillation head
@@ -111,7 +109,6 @@ class Config:
     w_dim: int = opt(512, "size of w")
     coarse_samples: int = opt(32, "stratified samples on a ray")
     fine_samples: int = opt(32, "importance samples on a ray")
-
     # camera: the prior's ranges (yaw, pitch in radians, fov in degrees), bounds of a ray, the tri-plane box
     camera: str = opt("learned", "camera distribution", "learned", "prior", "frontal")
     prior_yaw: tuple[float, float] = opt((-1.57, 1.57), "prior range of yaw")
@@ -121,7 +118,6 @@ class Config:
     near: float = opt(0.75, "where rays begin")
     far: float = opt(1.25, "where rays end")
     box: float = opt(0.5, "half size of the tri-plane box")
-
     # camera generator, depth adaptor, distillation
     camera_reg: str = opt("emd", "keeps the camera posterior from collapsing", "emd", "grad", "none")
     camera_reg_weights: tuple[float, ...] = opt((2, 2, 1e-4, 1e-4), "for yaw, pitch, fov, look-at")
@@ -135,7 +131,6 @@ class Config:
     teacher_weights: str = opt("", "local file of its weights; without --teacher of tf_efficientnet_lite0")
     kd_weight: float = opt(1.0, "initial weight of the distillation")
     kd_kimg: float = opt(100_000, "the distillation's weight falls to 0 over this")
-
     # patches, blur, noise
     patch_beta: tuple[float, float] = opt((0.001, 0.8), "Beta(1, b) of patch scale (near 0: whole images)")
     patch_kimg: float = opt(10_000, "b grows over this")
@@ -143,8 +138,8 @@ class Config:
     blur_kimg: float = opt(200, "the blur falls to 0 over this")
     density_noise: float = opt(1.0, "standard deviation of the noise on densities at the start")
     density_noise_kimg: float = opt(5_000, "the density noise falls to 0 over this")
-
     # optimisation
+    loss: str = opt("nonsaturating", "or by pairs (R3GAN), R1 on both", "nonsaturating", "relativistic")
     kimg: float = opt(25_000, "length of the run in thousands of images")
     batch_size: int = opt(64, "images per step, over all processes")
     batch_gpu: int = opt(8, "images per pass at most: each takes gcd(this, a process's share)")
@@ -161,7 +156,6 @@ class Config:
     guard: str = opt("on", "on divergence (see GUARD_... in the file) go back to a checkpoint", "on", "off")
     timeout: float = opt(600, "seconds after which a process that does not answer ends the run")
     recoveries: tuple[float, ...] = ()  # kimg of the checkpoints that were gone back to; the guard sets it
-
     # output
     snapshot_kimg: float = opt(200, "write checkpoint and samples every so many kimg; the newest 8 stay")
     log_kimg: float = opt(4, "write a line of log.jsonl every so many kimg")
@@ -177,7 +171,7 @@ SHORT = dict(
     patch_resolution=32, triplane_resolution=64, triplane_features=16, channel_max=64, adaptor_channels=16,
     z_dim=64, w_dim=64, mapping_lr_mult=0.1, camera_lr_mult=1.0, camera_reg_units="range",
     camera_reg_weights=(14.0, 4.0, 5.0, 0.5), camera_reg_kimg=2, density_noise_kimg=2, blur_sigma=2.0,
-    blur_kimg=1, batch_size=8, g_lr=0.006, d_lr=0.0045, lr_decay=0.5, r1_gamma=0.5,
+    blur_kimg=1, batch_size=8, loss="relativistic", g_lr=0.006, d_lr=0.0045, lr_decay=0.5, r1_gamma=0.5,
     metrics="fid1k,nfs64", detector="area8", reals=1024, workers=1,
 )
 PRESETS = {
@@ -216,12 +210,10 @@ def make_config(given):
 
 # What is taken for divergence, by the means over a log interval, and what then happens.
 GUARD_NONFINITE = 0.01  # more than this share of the gradients is not finite (or a loss is not)
-GUARD_SCORE = 20  # D is saturated: the mean score of reals or fakes is farther than this from 0
-GUARD_STD = 0.1  # all pixels are alike: less than this share of the median deviation before ...
-GUARD_INTERVALS = 8  # ... over so many log intervals
+GUARD_SCORE = 20  # D is saturated: the mean scores of reals and fakes are farther apart than this
+GUARD_STD = 0.02  # all pixels are alike: their standard deviation is less than this
 GUARD_SLOW_KIMG = 200  # after going back the learning rates are halved for so long
 GUARD_TRIES = 5  # the run ends after so many recoveries
-
 MBSTD_GROUP = 4  # mini-batch standard deviation compares so many images; they share one patch
 
 
@@ -325,19 +317,26 @@ def to_rgb(image):
 
 
 def read_depth(content):
-    """Depth from the bytes of a gray picture, in its own numbers -> (H, W)"""
+    """Depth from the bytes of a gray picture, in its own numbers; NaN where it is transparent -> (H, W)"""
     with Image.open(io.BytesIO(content)) as image:
+        if image.mode.startswith("I;16") and image.getexif().get(262) == 0:  # Pillow minds it in 8 bits alone
+            raise ValueError("a TIFF of which white is 0; save it so that black is")
         image = ImageOps.exif_transpose(image)
         depth = np.atleast_3d(image.convert("RGB") if image.mode == "P" else image)  # (H, W, 1 to 4)
     if depth.shape[2] > 2 and np.ptp(depth[..., :3], 2).max() > 8:  # lossy files have traces of colour
         raise ValueError("a picture of depth, not depth: it has colours")
-    return depth[..., 0]
+    hidden = depth.shape[2] in (2, 4) and depth[..., -1] == 0  # the last one is alpha
+    return np.where(hidden, np.nan, depth[..., 0])
 
 
 def fill_holes(depth):
     """What was not measured becomes as what is beside it in its row, or else column: NaN, infinity, and zeros
-    (or -1) far from all other values, but in maps from 0 to 65535. (H, W) -> float32 (H, W)"""
+    (or -1) far from all other values, but in maps from 0 to 65535. 65535 far from all others is as far as the
+    farthest of those. (H, W) -> float32 (H, W)"""
     depth = np.float32(np.where(depth < 1e9, depth, np.nan))
+    within = np.max(depth, where=depth < 65535, initial=0)
+    if 0 < within < 65535 / 4:
+        depth = np.minimum(depth, within)
     if depth.min() > 0 or depth.max() == 65535:  # not so with NaN
         return depth
     levels = np.unique(depth[np.isfinite(depth)])
@@ -389,6 +388,8 @@ def open_zip(path, pid):
     """A zip, opened anew in each process: data workers must not share a file position."""
     archive = zipfile.ZipFile(path)
     members = [member for member in archive.infolist() if not member.is_dir()]  # some are of Windows
+    if any(member.volume for member in members):
+        raise ValueError("one of several parts; join them first")
     archive.NameToInfo = {os.path.normpath(m.filename.replace("\\", "/")).lstrip("/"): m for m in members}
     return archive
 
@@ -400,8 +401,8 @@ class ImageData:
     def __init__(self, cfg, source):
         self.source = Path(source)
         self.unreadable = set()  # names that were met
+        self.classes = []  # their names, if they are folders
         self.cfg = cfg
-
         # Hidden files are none of ours. A depth map is no photograph.
         files = [f for f in sorted(self.list_files()) if not re.search(r"(^|/)(\.[^/]|__MACOSX)", f)]
         images = [f for f in files if os.path.splitext(f)[1].lower() in SUFFIXES]
@@ -419,10 +420,8 @@ class ImageData:
         if endings:
             say(f"{source}: not read, by ending: {dict(endings)}")
 
-        self.has_depth = any(self.depths)
-        if cfg.depth != "none" and self.has_depth and None in self.depths:
-            first = self.names[self.depths.index(None)]
-            what = f"{self.depths.count(None)} of {len(self)} images have no depth, the first is {first}"
+        if cfg.depth != "none" and any(self.depths) and None in self.depths:
+            what = f"no depth of {self.depths.count(None)} images, as {self.names[self.depths.index(None)]}"
             raise UserError(f"--data {source}: {what}; make it by lereS_depth.py, or train with --depth none")
         self.labels = self.read_labels(files)  # int64 (N,), empty without classes
         self.num_classes = int(self.labels.max(initial=-1)) + 1
@@ -434,7 +433,9 @@ class ImageData:
         """All files, relative to the folder or as the zip has them. Links are followed, not in circles."""
 
         def refuse(error):
-            raise UserError(f"--data {self.source}: readable neither as a folder nor as a zip file ({error})")
+            raise UserError(
+                f"--data {self.source}: neither a readable folder nor one whole zip file ({error})"
+            )
 
         if self.source.is_file():
             try:
@@ -464,6 +465,7 @@ class ImageData:
             deeper = [name for name in self.names if os.path.dirname(name) != top]
             folders = [Path(name).relative_to(top).parts[0] for name in deeper]
             tops, numbers = np.unique(folders, return_inverse=True)
+            self.classes = tops.tolist()
             table = Names(dict(zip(deeper, numbers, strict=True)))
             if folders:
                 what = "if they are parts of one set, give one of them as --data"
@@ -519,7 +521,7 @@ class ImageData:
         raise UserError(f"--data {self.source}: 100 images in a row are unreadable or gone; mend the data")
 
 
-SOLIDS = ("sphere", "box", "cylinder", "cone", "torus", "capsule", "octahedron", "snowman")
+SOLIDS = ["sphere", "box", "cylinder", "cone", "torus", "capsule", "octahedron", "snowman"]
 
 
 def signed_distance(solid, points):
@@ -548,6 +550,7 @@ class ShapesData:
     alone: true_depth float32 (1, R, R), world units (sky: cfg.far); camera float32 (6,), camera_parameters"""
 
     GROUND = -0.11  # its height
+    classes = SOLIDS
     num_classes = len(SOLIDS)
 
     def __init__(self, cfg):
@@ -602,7 +605,6 @@ class ShapesData:
         ground = (0.42 + 0.3 * checkers) * (1 - 0.55 * shadow) * np.array([1.0, 0.93, 0.82])
         fog = np.clip((depth[:, None] - 1.1) / (self.cfg.far - 1.1), 0, 1) ** 2
         color = ground + fog * (sky - ground)
-
         # Sphere tracing, in the solid's own frame and in units of its size.
         start = turn @ (origin - center) / size
         along = rays @ turn.T
@@ -616,11 +618,9 @@ class ShapesData:
         seen = (distance < 0.02) & (t * size < depth[hit])
         hit, points = hit[seen], points[seen]
         depth[hit] = t[seen] * size
-
         # Shading by the normal, from central differences.
         slopes = [outside(points + s) - outside(points - s) for s in 1e-3 * np.eye(3)]
         shade = 0.4 + 0.6 * np.maximum(turn @ np.array([0, 0.8, 0.6]) @ slopes / 2e-3, 0)
-
         # A hue near the class's own, in bands of two tones.
         hue = label / len(SOLIDS) + rng.normal(0, 0.02)
         paint = np.array(colorsys.hsv_to_rgb(hue % 1, 0.85, 1))  # RGB
@@ -657,7 +657,7 @@ def open_data(cfg):
     if not source.exists():
         raise UserError(f"--data {cfg.data}: no such file or folder; named ones are in DATA_DIR, {root}")
     data = ImageData(cfg, source)
-    if data.has_depth or cfg.depth == "none":
+    if any(data.depths) or cfg.depth == "none":
         return data
 
     place = hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:8]
@@ -665,8 +665,7 @@ def open_data(cfg):
     say(f"{cfg.data}: photographs without depth; prepared, once, in {target}")
     if not (target / "dataset.json").exists():
         command = [sys.executable, Path(__file__).with_name("lereS_depth.py"), source, target]
-        command += ["--resolution", str(cfg.resolution), "--device", cfg.device]
-        command += ["--weights", cfg.depth_weights]
+        command += [f"--resolution={cfg.resolution}", "--device", cfg.device, "--weights", cfg.depth_weights]
         if subprocess.run(command, preexec_fn=stop_with_parent if os.name == "posix" else None).returncode:
             raise UserError(f"--data {cfg.data}: no depth, see above; or train on RGB alone: --depth none")
     return ImageData(cfg, target)
@@ -680,11 +679,11 @@ def real_images(batch, device):
     return torch.cat([rgb, batch["depth"].to(device, non_blocking=True)], 1)
 
 
+@dataclass
 class MirroredData:
     """The data and its mirror image: index n + i is item i flipped."""
 
-    def __init__(self, data):
-        self.data = data
+    data: typing.Any
 
     def __getitem__(self, i):
         item = self.data[i % len(self.data)]
@@ -731,8 +730,7 @@ def load_batches(data, cfg, indices):
         raise UserError(str(e).rpartition("UserError: ")[2].strip()) from None
     except (RuntimeError, OSError, EOFError) as e:
         reason = str(e).partition("\n")[0]
-        hint = "is shared memory, /dev/shm, small? --workers 0 needs none; --resume auto goes on"
-        raise UserError(f"--data: data workers fail: {reason}; {hint}") from None
+        raise UserError(f"data workers fail: {reason}; is /dev/shm small? --workers 0 needs none") from None
 
 
 # ---- Ops ---------------------------------------------------------------------------------------------------
@@ -827,16 +825,15 @@ def compile_custom_ops(device_type):
         options = dict(extra_cuda_cflags=["-O3", f"-arch={target}"])
     else:
         target = torch.backends.cpu.get_cpu_capability()
-        vector = {"AVX2": ["-mavx2", "-mfma"], "AVX512": ["-mavx512f", "-mavx512vl", "-mfma"]}.get(target, [])
-        loose = ["-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"]
-        flags = ["-x", "c++", "-O3", "-fopenmp", *loose, *vector]
+        vector = {"AVX2": "-mavx2 -mfma", "AVX512": "-mavx512f -mavx512vl -mfma"}.get(target, "")
+        loose = "-fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math"
+        flags = f"-x c++ -O3 -fopenmp {loose} {vector}".split()
         options = dict(extra_cflags=flags, extra_ldflags=["-fopenmp"], with_cuda=False)
     source = Path(__file__).with_name("custom_ops.cu")
     key = repr((source.read_bytes(), options, torch.version.cuda)).encode()
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(torch.hub.get_dir(), "extensions"))
     library = root / f"3dgp-triplane-{target}-{hashlib.sha256(key).hexdigest()[:16]}.so"
     if not library.exists():
-        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns where no GPU is
         from torch.utils import cpp_extension
 
         say(f"compiling custom_ops.cu for {target}, once", sys.stderr)
@@ -938,13 +935,6 @@ class Camera(typing.NamedTuple):
     radius: torch.Tensor  # (B,) of the sphere, in world units
 
 
-class Patch(typing.NamedTuple):
-    """A square cut-out of an image."""
-
-    scale: torch.Tensor  # (B,) in (0, 1], of the image's side
-    offset: torch.Tensor  # (B, 2) of its left and bottom, in [0, 1 - scale]
-
-
 def rows(t, index):
     """The rows of an index, as a slice, of every tensor in a named tuple."""
     return t._make(x[index] for x in t)
@@ -1000,8 +990,7 @@ def patch_grid(patch, resolution, like):
     xy = torch.stack(torch.meshgrid(line, -line, indexing="xy"), dim=-1).expand(len(like), -1, -1, -1)
     if patch is None:
         return xy
-    scale = patch.scale.view(-1, 1, 1, 1)
-    offset = patch.offset.view(-1, 1, 1, 2)
+    scale, offset = patch[:, None, None].split([1, 2], -1)  # (B, 1, 1, 1), (B, 1, 1, 2)
     return (xy + 1) * scale - 1 + 2 * offset
 
 
@@ -1017,14 +1006,16 @@ def camera_rays(camera, resolution, patch=None):
 
 
 def sample_patch(cfg, n, kimg):
-    """n random patches, MBSTD_GROUP consecutive ones the same. Scale ~ s_min + (1 - s_min) Beta(1, b)."""
+    """n random patches (n, 3), MBSTD_GROUP consecutive ones the same: scale ~ s_min + (1 - s_min) Beta(1, b),
+    as a share of the image's side, and offset of its left and bottom in [0, 1 - scale]."""
     groups = -(-n // MBSTD_GROUP)
     s_min = cfg.patch_resolution / cfg.resolution
     b = schedules(cfg, kimg)["patch_beta"]
     beta = 1 - torch.rand(groups, dtype=torch.float64) ** (1 / b)  # by inversion
     scale = s_min + (1 - s_min) * beta
     offset = torch.rand(groups, 2, dtype=torch.float64) * (1 - scale[:, None])
-    return Patch(*(x.float().repeat_interleave(MBSTD_GROUP, 0)[:n] for x in (scale, offset)))
+    patch = torch.cat([scale[:, None], offset], 1).float()  # (groups, 3)
+    return patch.repeat_interleave(MBSTD_GROUP, 0)[:n]
 
 
 def extract_patch(image, patch, resolution):
@@ -1179,10 +1170,8 @@ class TriplaneDecoder(nn.Module):
 def query_triplane(planes, points, box, decoder, fused):
     """`decoder(sample_triplane(planes, points, box))`, fused or not.
     planes (B, 3, C, T, T), points (B, N, 3) in world units -> rgb (B, N, 3), sigma_raw (B, N)"""
-    if not fused:
+    if not fused or planes.shape[2] > 32:  # more than custom_ops.cu decodes
         return decoder(sample_triplane(planes, points, box))
-    if planes.shape[2] > 32:  # more than the fused decoder takes
-        return decoder(triplane(planes, points, box, points.new_empty(0)))
     out = triplane(planes, points, box, decoder.packed())  # (B, N, 4)
     return out[..., :3], out[..., 3]
 
@@ -1324,13 +1313,12 @@ class DepthAdaptor(nn.Module):
         """depth (B, 1, H, W), candidate of each sample int64 (B,), on the CPU -> (B, 1, H, W)"""
         near = self.near + self.near_plane_offset_raw.sigmoid() * 0.25 * (self.far - self.near)
         depth = 2 * (depth - (near + self.far) / 2) / (self.far - near)
-        order = choice.argsort(descending=True)  # a layer sees the samples that go on to it, which come first
-        x = out = depth[order]
-        for level, layer in enumerate(self.layers, 1):
-            n = int((choice >= level).sum())
-            x = layer(x[:n])
-            out = torch.cat([self.head(x), out[n:]])
-        return out[order.argsort()]
+        x = depth
+        candidates = [depth]
+        for layer in self.layers:
+            x = layer(x)
+            candidates.append(self.head(x))
+        return torch.stack(candidates)[choice, torch.arange(len(choice))]
 
 
 def sample_adaptor_choice(cfg, n, kimg):
@@ -1399,7 +1387,7 @@ class Generator(nn.Module):
         return rgb, torch.cat([sigma, fine_sigma], -1).gather(-1, order), depths
 
     def render(self, planes, camera, resolution, patch=None, chunk=2**14, cut=False):
-        """planes (B, 3, C, T, T), a Camera and, maybe, a Patch of B -> rgb (B, 3, H, W), depth (B, 1, H, W)
+        """planes (B, 3, C, T, T), a Camera and, maybe, patches (B, 3) -> rgb (B, 3, H, W), depth (B, 1, H, W)
         Evaluation: `chunk` rays at a time, to bound memory, but with cut: densities below the median are 0"""
         if self.cfg.dims == 2:  # one feature of each plane is a channel of the picture
             image = extract_patch(planes[:, :, 0], patch, resolution)
@@ -1535,8 +1523,8 @@ class Discriminator(nn.Module):
         self.b4 = DiscriminatorEpilogue(channels(cfg, 4), cfg.teacher_dim)
 
     def forward(self, x, c, patch):
-        """image x (B, 3 or 4, P, P), c int64 (B,), Patch -> score (B,), features (B, teacher_dim) or None"""
-        code = self.scalar_enc(torch.cat([patch.scale[:, None], patch.offset], 1))  # (B, 828)
+        """image x (B, 3 or 4, P, P), c int64 (B,), patch (B, 3) -> score (B,), features (B, teacher_dim)"""
+        code = self.scalar_enc(patch)  # (B, 828)
         h = self.hyper_mod_mapping(None, code)  # (B, 512)
         for r in self.resolutions:
             x = getattr(self, f"b{r}")(x, h)
@@ -1581,7 +1569,7 @@ class Teacher(nn.Module):
 
 
 # ---- Losses ------------------------------------------------------------------------------------------------
-# Section 3.5 of the paper. The non-saturating loss itself stands in generator_pass and discriminator_pass.
+# Section 3.5 of the paper. The loss itself, of one of two kinds, is in generator_pass and discriminator_pass.
 
 
 def blur(image, sigma, spread=None):
@@ -1630,7 +1618,6 @@ def camera_regularizer(G, kimg):
         weights = weights / ranges.diff()[:, 0].square()
     if cfg.camera_reg != "none":
         loss = loss + schedules(cfg, kimg)["camera_reg_weight"] * (weights * penalty).sum()
-
     log = dict(camera_reg=loss, camera_center=center, camera_emd=emd)
     return loss, dict(log, camera_mean=parameters.mean(0), camera_std=parameters.std(0))
 
@@ -1689,8 +1676,7 @@ class Detector:
             self.net = torch.jit.load(path, map_location=device).eval()
             self(torch.zeros(1, 3, 64, 64, device=device))
         except Exception:  # urllib and torch raise anything
-            what = f"{path} is not there, or not TorchScript in the field's format"
-            raise UserError(f"--detector {name}: {what}; fetch {FID_NET} and name it, or area8") from None
+            raise UserError(f"--detector {name}: no such TorchScript; fetch {FID_NET}, or area8") from None
 
     @torch.no_grad()
     def __call__(self, image, output="return_features"):
@@ -1851,33 +1837,46 @@ class Averages(dict):
         return means
 
 
-def generator_pass(run, patch, number, weight, stats):
-    """Gradients of G, and of D on what G makes: one pass of each network serves both losses. weight: share
-    of the process's images; number: of this pass in the whole batch, for its draws. -> sum of w (w_dim,)"""
+def generator_pass(run, real, c_real, patch, number, weight, stats):
+    """Gradients of G, and of D on what G makes: one pass of each network serves both losses. real, c_real:
+    what samples are paired with; weight: share of the process's images; number: of this pass in the whole
+    batch, for its draws. -> sum of w (w_dim,), what the scores of photographs are compared with"""
     cfg = run.cfg
+    sigma = schedules(cfg, run.kimg)["blur_sigma"]
+    paired = cfg.loss == "relativistic"
+    r2_due = paired and run.step % cfg.r1_interval == 0
     seed_draws(train_seed(cfg), run.step, "generator", number)
-    z, c, prior = draw_latents(cfg, len(patch.scale), run.labels)  # (B, z_dim), (B,), Camera of B
+    z, c, prior = draw_latents(cfg, len(patch), run.labels)  # (B, z_dim), (B,), Camera of B
+    c = c_real if paired else c
     choice = sample_adaptor_choice(cfg, len(z), run.kimg)  # (B,)
     image, w = synthesize(run.G, z, c, prior, choice, patch)  # (B, 3 or 4, P, P), (B, w_dim)
-    image = blur_patch(image, schedules(cfg, run.kimg)["blur_sigma"])
+    image = blur_patch(image, sigma)
+
+    # A sample's score is compared with 0, or with the score of a photograph of its class, by the same patch.
+    rival = 0
+    if paired:
+        with torch.no_grad(), autocast(cfg, z.device):
+            photo = blur_patch(extract_patch(real, patch, cfg.patch_resolution), sigma)
+            rival, _ = run.D(photo, c, patch)  # (B,)
 
     # D's graph begins at the image, so that D's own loss does not reach G.
     seen = image.detach().requires_grad_()
-    with autocast(cfg, z.device):
+    with contextlib.nullcontext() if r2_due else autocast(cfg, z.device):
         score, _ = run.D(seen, c, patch)  # (B,)
-    loss_g = F.softplus(-score).mean()
-    loss_d = F.softplus(score).mean()
+    loss_g = F.softplus(rival - score).mean()
+    loss_d = F.softplus(score - rival).mean()
     (grad,) = torch.autograd.grad(loss_g * weight, seen, retain_graph=True)
+    stats.add(loss_g=loss_g, loss_d_fake=loss_d, score_fake=score.mean(), fake_std=seen.std())
+    if r2_due:
+        loss_d = loss_d + r1_penalty(score, seen).mean() * (cfg.r1_gamma / 2 * cfg.r1_interval)
     (loss_d * weight).backward()
     image.backward(grad)
-
-    stats.add(loss_g=loss_g, loss_d_fake=loss_d, score_fake=score.mean(), fake_std=seen.std())
-    return w.detach().sum(0)
+    return w.detach().sum(0), score.detach() if paired else 0
 
 
-def discriminator_pass(run, real, c, patch, scale_mean, weight, stats):
+def discriminator_pass(run, real, c, patch, rival, scale_mean, weight, stats):
     """Gradients of D on real images (B, 3 or 4, R, R), classes c (B,), by patches of B: score, distillation
-    of the whole image, R1 every r1_interval steps. scale_mean: of all patches; weight: as above"""
+    of the whole image, R1 every r1_interval steps. rival: 0 or scores; scale_mean: of all patches"""
     cfg = run.cfg
     r1_due = run.step % cfg.r1_interval == 0
     now = schedules(cfg, run.kimg)
@@ -1885,13 +1884,13 @@ def discriminator_pass(run, real, c, patch, scale_mean, weight, stats):
     seen = blur_patch(image, now["blur_sigma"])
     with contextlib.nullcontext() if r1_due else autocast(cfg, real.device):  # no double backward in bf16
         score, predicted = run.D(seen, c, patch)  # (B,), (B, teacher_dim)
-    loss = loss_real = F.softplus(-score).mean()
+    loss = loss_real = F.softplus(rival - score).mean()
 
     if run.teacher:
         with autocast(cfg, real.device):
             target = run.teacher(real[:, :3])  # (B, teacher_dim)
         distance = (predicted - target).norm(dim=1)  # (B,)
-        loss = loss + now["kd_weight"] * (distance * patch.scale / scale_mean).mean()
+        loss = loss + now["kd_weight"] * (distance * patch[:, 0] / scale_mean).mean()
         stats.add(kd_distance=distance.mean())
     if r1_due:
         penalty = r1_penalty(score, image).mean()
@@ -1926,28 +1925,28 @@ def training_step(run, batch, stats):
     # Patches are shared by reals and fakes. Each process draws all: distillation needs the mean scale.
     seed_draws(train_seed(cfg), run.step, "patches", 0)
     patches = sample_patch(cfg, cfg.batch_size, run.kimg)  # of the whole batch
-    scale_mean = float(patches.scale.mean())
+    scale_mean = float(patches[:, 0].mean())
     own = slice(RANK * share, (RANK + 1) * share)
-    patches = Patch(*(t[own].to(real.device) for t in patches))
+    patches = patches[own].to(real.device)
 
     for adam in (run.opt_g, run.opt_d):
         adam.param_groups[0]["lr"] = adam.defaults["lr"] * now["lr_factor"]  # defaults: as `build` set it
         adam.zero_grad()
 
-    # Gradients: of G, and of D on what G makes, pass by pass; of the camera regulariser; of D on photographs.
+    # Gradients of G, and of D on what G makes and on photographs, pass by pass; of the camera regulariser.
     G.density_noise = now["density_noise"]
     weight = cfg.batch_gpu / share
     w_sum = 0
     passes = [slice(first, first + cfg.batch_gpu) for first in range(0, share, cfg.batch_gpu)]
     for number, part in enumerate(passes, RANK * len(passes)):
-        w_sum = w_sum + generator_pass(run, rows(patches, part), number, weight, stats)
+        w, rival = generator_pass(run, real[part], c[part], patches[part], number, weight, stats)
+        discriminator_pass(run, real[part], c[part], patches[part], rival, scale_mean, weight, stats)
+        w_sum = w_sum + w
     if G.camera_generator:
         seed_draws(train_seed(cfg), run.step, "camera", 0)  # the same draws in every process
         loss, log = camera_regularizer(G, run.kimg)
         loss.backward()
         stats.add(**log)
-    for part in passes:
-        discriminator_pass(run, real[part], c[part], rows(patches, part), scale_mean, weight, stats)
 
     bad_g, w_mean = average_gradients(G, w_sum / share)
     bad_d, stop = average_gradients(run.D, real.new_full([1], bool(run.stop)))  # and whether any must stop
@@ -2007,7 +2006,8 @@ def snapshot(run):
     """Checkpoint, of plain tensors and numbers, and samples. The newest 8 stay. Draws need no state in it."""
     state = {name: getattr(run, name).state_dict() for name in ("G", "D", "G_ema", "opt_g", "opt_d")}
     with atomic(run.file("checkpoint", "pt")) as temporary:
-        torch.save(dict(state, config=asdict(run.cfg), step=run.step, images=run.images), temporary)
+        state.update(config=asdict(run.cfg), step=run.step, images=run.images, classes=run.data.classes)
+        torch.save(state, temporary)
         with open(temporary, "rb") as f:
             os.fsync(f.fileno())  # on the disk before an older one goes
     for _, path in checkpoints(run.cfg.out)[8:]:
@@ -2042,7 +2042,7 @@ def load_start(path):
     """What --init names: a checkpoint, a run's newest, or what tools/publish.py wrote. -> states by name"""
     published = Path(path, "model.safetensors")
     if published.exists():
-        return dict(G_ema=load_tensors(published, "--init"))
+        return dict(G_ema=load_tensors(published, "--init"), D={})
     return load_checkpoint(path)[2]
 
 
@@ -2073,19 +2073,18 @@ def begin_folder(run):
     write_image(tile([to_picture(x[:3], x[3:]) for x in reals], 16), folder / "reals.png")
 
 
-def diagnose(entry, before):
-    """A log entry, the healthy ones before it -> what is wrong, or "" """
+def diagnose(entry):
+    """A log entry -> what is wrong, or "" """
     bad_share = max(entry["nonfinite_g"], entry["nonfinite_d"])
-    score = max(entry["score_real"], entry["score_fake"], key=abs)
+    apart = abs(entry["score_real"] - entry["score_fake"])
     if bad_share > GUARD_NONFINITE:
         return f"{bad_share:.0%} of the gradients are not finite"
     losses = ("loss_g", "loss_d_fake", "loss_d_real", "camera_reg", "kd_distance", "r1")
     if not math.isfinite(sum(entry.get(name, 0) for name in losses)):
         return "a loss is not finite"
-    if abs(score) > GUARD_SCORE:
-        return f"D is saturated, its mean score is {score:.3g}"
-    deviations = [x["fake_std"] for x in before[-GUARD_INTERVALS:]]
-    if len(before) >= GUARD_INTERVALS and entry["fake_std"] < GUARD_STD * np.median(deviations):
+    if apart > GUARD_SCORE:
+        return f"D is saturated, its mean scores are {apart:.3g} apart"
+    if entry["fake_std"] < GUARD_STD:
         return f"images are constant, their deviation is {entry['fake_std']:.2g}"
     return ""
 
@@ -2138,9 +2137,12 @@ def open_run(cfg, state, stop):
                 part.load_state_dict(state[name])
         except Exception:  # of other options or data, or damaged
             raise UserError(f"--resume {cfg.resume}: of networks that do not fit") from None
+        before = state.get("classes")
+        if before and data.classes and before != data.classes:  # they would exchange their numbers
+            raise UserError(f"--data {cfg.data}: the classes were {before}; name them so again")
     elif start:
-        begin_with(cfg.init, run.G, start.get("G_ema", {}))
-        begin_with(cfg.init, run.D, start.get("D", {}))
+        begin_with(cfg.init, run.G, start["G_ema"])
+        begin_with(cfg.init, run.D, start["D"])
         run.G_ema.load_state_dict(run.G.state_dict())
     return run
 
@@ -2183,7 +2185,7 @@ def train_until_trouble(cfg, state, stop):  # noqa: C901, PLR0915 (the loop, fro
     if not state:
         evaluate(run, detector, reals)
 
-    stats, history, healthy = Averages(), [], run.kimg  # history: log entries, all healthy
+    stats, healthy = Averages(), run.kimg  # healthy: of the last log entry in which all was well
     tick = time.time(), run.images
     batches = load_batches(run.data, cfg, draw_batches(cfg, len(run.data), run.step, RANK, WORLD))
     interval = 0.5 if sys.stderr.isatty() else 30
@@ -2199,24 +2201,20 @@ def train_until_trouble(cfg, state, stop):  # noqa: C901, PLR0915 (the loop, fro
                 speed = (run.images - tick[1]) / (time.time() - tick[0])
                 entry = dict(kimg=run.kimg, **stats.result())
                 entry.update(images_per_second=speed, schedules=schedules(cfg, run.kimg))
-                if cfg.guard == "on" and (what := diagnose(entry, history)):
+                if cfg.guard == "on" and (what := diagnose(entry)):
                     return what, run.kimg, healthy
-                history.append(entry)
                 healthy = run.kimg
                 append_line(Path(cfg.out, "log.jsonl"), entry)
 
             if RANK == 0 and run.due(cfg.snapshot_kimg):
                 snapshot(run)
-
             if run.due(cfg.metrics_kimg) and not stopped:
                 evaluate(run, detector, reals)
-
             bar.update(cfg.batch_size)  # after the checkpoint: who looked on may have gone
             if run.due(cfg.log_kimg):
                 tick = time.time(), run.images  # speed is that of training alone
             if run.done:
                 break
-
     end = f"stopped (go on with --resume latest --out {cfg.out})" if run.images < total else "finished"
     say(f"{end} at {run.kimg} kimg; see {run.file('samples', 'png')}")
 
@@ -2310,6 +2308,7 @@ def validate(cfg, world):
     for name, value in vars(cfg).items():
         flag = "--" + name.replace("_", "-")
         if isinstance(value, str):
+            require(value.isprintable(), f"{flag} {value!a}: has characters that cannot be shown; rename it")
             continue
         numbers = np.array(value, float)
         least = numbers.min(initial=math.inf)
@@ -2368,6 +2367,7 @@ def resolve(given):
 def run_program(name, work):
     """Calls work(); what a user can mend becomes one line on standard error. -> exit status"""
     status = 0
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 (who called has closed it)
     if hasattr(sys.stdout, "reconfigure"):  # what the terminal cannot show is no reason to end
         sys.stdout.reconfigure(errors="replace")
     try:

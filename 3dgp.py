@@ -39,6 +39,7 @@ import hashlib
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import re
@@ -170,14 +171,14 @@ class Config:
 SHORT = dict(
     patch_resolution=32, triplane_resolution=64, triplane_features=16, channel_max=64, adaptor_channels=16,
     z_dim=64, w_dim=64, mapping_lr_mult=0.1, camera_lr_mult=1.0, camera_reg_units="range",
-    camera_reg_weights=(14.0, 4.0, 5.0, 0.5), camera_reg_kimg=2, density_noise_kimg=2, blur_sigma=2.0,
+    camera_reg_weights=(10.0, 3.0, 2.5, 0.25), camera_reg_kimg=2, density_noise_kimg=2, blur_sigma=2.0,
     blur_kimg=1, batch_size=8, loss="relativistic", g_lr=0.006, d_lr=0.0045, lr_decay=0.5, r1_gamma=0.5,
     metrics="fid1k,nfs64", detector="area8", reals=1024, workers=1,
 )
 PRESETS = {
     "tiny": dict(
         SHORT, resolution=32, channel_base=1024, coarse_samples=8, fine_samples=8, adaptor_kimg=50,
-        ema_kimg=0.5, kimg=24, snapshot_kimg=4, log_kimg=0.25, metrics_kimg=4,
+        ema_kimg=0.5, kimg=36, snapshot_kimg=4, log_kimg=0.25, metrics_kimg=4,
     ),
     "small": dict(
         SHORT, resolution=64, channel_base=2048, coarse_samples=12, fine_samples=12, adaptor_kimg=200,
@@ -211,7 +212,7 @@ def make_config(given):
 # What is taken for divergence, by the means over a log interval, and what then happens.
 GUARD_NONFINITE = 0.01  # more than this share of the gradients is not finite (or a loss is not)
 GUARD_SCORE = 20  # D is saturated: the mean scores of reals and fakes are farther apart than this
-GUARD_STD = 0.02  # all pixels are alike: their standard deviation is less than this
+GUARD_STD = 0.005  # all pixels are alike: their standard deviation is less than this
 GUARD_SLOW_KIMG = 200  # after going back the learning rates are halved for so long
 GUARD_TRIES = 5  # the run ends after so many recoveries
 MBSTD_GROUP = 4  # mini-batch standard deviation compares so many images; they share one patch
@@ -335,7 +336,7 @@ def fill_holes(depth):
     farthest of those. (H, W) -> float32 (H, W)"""
     depth = np.float32(np.where(depth < 1e9, depth, np.nan))
     within = np.max(depth, where=depth < 65535, initial=0)
-    if 0 < within < 65535 / 4:
+    if 0 < within < 16_384:
         depth = np.minimum(depth, within)
     if depth.min() > 0 or depth.max() == 65535:  # not so with NaN
         return depth
@@ -433,9 +434,7 @@ class ImageData:
         """All files, relative to the folder or as the zip has them. Links are followed, not in circles."""
 
         def refuse(error):
-            raise UserError(
-                f"--data {self.source}: neither a readable folder nor one whole zip file ({error})"
-            )
+            raise UserError(f"--data {self.source}: neither a folder nor one whole zip file ({error})")
 
         if self.source.is_file():
             try:
@@ -683,7 +682,7 @@ def real_images(batch, device):
 class MirroredData:
     """The data and its mirror image: index n + i is item i flipped."""
 
-    data: typing.Any
+    data: object
 
     def __getitem__(self, i):
         item = self.data[i % len(self.data)]
@@ -730,7 +729,8 @@ def load_batches(data, cfg, indices):
         raise UserError(str(e).rpartition("UserError: ")[2].strip()) from None
     except (RuntimeError, OSError, EOFError) as e:
         reason = str(e).partition("\n")[0]
-        raise UserError(f"data workers fail: {reason}; is /dev/shm small? --workers 0 needs none") from None
+        hint = "is shared memory, /dev/shm, small? --workers 0 needs none; --resume auto goes on"
+        raise UserError(f"--data: data workers fail: {reason}; {hint}") from None
 
 
 # ---- Ops ---------------------------------------------------------------------------------------------------
@@ -834,6 +834,7 @@ def compile_custom_ops(device_type):
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(torch.hub.get_dir(), "extensions"))
     library = root / f"3dgp-triplane-{target}-{hashlib.sha256(key).hexdigest()[:16]}.so"
     if not library.exists():
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns where no GPU is
         from torch.utils import cpp_extension
 
         say(f"compiling custom_ops.cu for {target}, once", sys.stderr)
@@ -1779,7 +1780,7 @@ class Run:
     """What a run consists of, passed along from function to function."""
 
     cfg: Config
-    data: typing.Any  # ImageData or ShapesData
+    data: object  # ImageData or ShapesData
     labels: torch.Tensor  # of all images (N,), on the device; empty without classes
     teacher: Teacher | None
     stop: list  # signals that came: the run ends after the step at hand
@@ -1955,7 +1956,6 @@ def training_step(run, batch, stats):
     run.opt_g.step()
     run.opt_d.step()
     G.mapping_network.w_avg.lerp_(w_mean, 1 - 0.998)  # a part of StyleGAN2's state; nothing here reads it
-
     # The moving average's half life grows with the images seen, up to --ema-kimg.
     half_life = min(cfg.ema_kimg * 1000, (run.images + cfg.batch_size) * cfg.ema_rampup)
     beta = 0.5 ** (cfg.batch_size / max(half_life, 1e-8))

@@ -67,6 +67,12 @@ EXPERIMENTS = {
         Variant("with", "", "section 3.1: estimated depth, however wrong, helps geometry"),
         Variant("without", "--depth none", "no number. Its distance is of RGB alone", False),
     ),
+    "loss": (
+        Variant(
+            "relativistic", "--loss relativistic", "none: pairs and R1 on both, as in R3GAN; the default"
+        ),
+        Variant("nonsaturating", "--loss nonsaturating", "section 3.5: what the paper trains with"),
+    ),
     "distillation": (  # on photographs
         Variant("without", "--teacher none", "the baseline of section 3.4"),
         Variant("with", "--teacher tf_efficientnet_lite0", "FID at least 40% lower at equal images"),

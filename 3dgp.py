@@ -1313,8 +1313,7 @@ class DepthAdaptor(nn.Module):
     def forward(self, depth, choice):
         """depth (B, 1, H, W), candidate of each sample int64 (B,), on the CPU -> (B, 1, H, W)"""
         near = self.near + self.near_plane_offset_raw.sigmoid() * 0.25 * (self.far - self.near)
-        depth = 2 * (depth - (near + self.far) / 2) / (self.far - near)
-        x = depth
+        x = depth = 2 * (depth - (near + self.far) / 2) / (self.far - near)
         candidates = [depth]
         for layer in self.layers:
             x = layer(x)
@@ -1677,7 +1676,8 @@ class Detector:
             self.net = torch.jit.load(path, map_location=device).eval()
             self(torch.zeros(1, 3, 64, 64, device=device))
         except Exception:  # urllib and torch raise anything
-            raise UserError(f"--detector {name}: no such TorchScript; fetch {FID_NET}, or area8") from None
+            what = "not there, or not TorchScript in the field's format"
+            raise UserError(f"--detector {name}: {what}; fetch {FID_NET} and name it, or area8") from None
 
     @torch.no_grad()
     def __call__(self, image, output="return_features"):
@@ -2308,7 +2308,7 @@ def validate(cfg, world):
     for name, value in vars(cfg).items():
         flag = "--" + name.replace("_", "-")
         if isinstance(value, str):
-            require(value.isprintable(), f"{flag} {value!a}: has characters that cannot be shown; rename it")
+            require(not re.search(r"[\ud800-\udfff]", value), f"{flag}: is not UTF-8; rename it")
             continue
         numbers = np.array(value, float)
         least = numbers.min(initial=math.inf)

@@ -19,8 +19,8 @@ Method: Skorokhodov et al., "3D generation on ImageNet", ICLR 2023. The way of o
     DepthAdaptor.forward          rendered depth -> depth as an estimator might have given it
     blur_patch                    RGB and depth, blurred at first (in generator_pass)
     Discriminator.forward         -> a score; from it the losses of G, and of D on samples
-    camera_regularizer            what keeps the cameras wide
     discriminator_pass            the score of photographs, distillation, R1
+    camera_regularizer            what keeps the cameras wide
 
 Shapes: B batch, R image resolution (in rendering: rays), P patch resolution, T tri-plane resolution, C its
 features, N points, S samples on a ray. Images, estimated and adapted depth are in [-1, 1], rendered depth is
@@ -211,8 +211,7 @@ def make_config(given):
 
 # What is taken for divergence, by the means over a log interval, and what then happens.
 GUARD_NONFINITE = 0.01  # more than this share of the gradients is not finite (or a loss is not)
-GUARD_SCORE = 20  # D is saturated: the mean scores of reals and fakes are farther apart than this
-GUARD_STD = 0.005  # all pixels are alike: their standard deviation is less than this
+GUARD_LOSS = 20  # D is saturated: a loss is larger than this
 GUARD_SLOW_KIMG = 200  # after going back the learning rates are halved for so long
 GUARD_TRIES = 5  # the run ends after so many recoveries
 MBSTD_GROUP = 4  # mini-batch standard deviation compares so many images; they share one patch
@@ -323,7 +322,7 @@ def read_depth(content):
         if image.mode.startswith("I;16") and image.getexif().get(262) == 0:  # Pillow minds it in 8 bits alone
             raise ValueError("a TIFF of which white is 0; save it so that black is")
         image = ImageOps.exif_transpose(image)
-        depth = np.atleast_3d(image.convert("RGB") if image.mode == "P" else image)  # (H, W, 1 to 4)
+        depth = np.atleast_3d(image.convert("RGBA") if image.mode == "P" else image)  # (H, W, 1 to 4)
     if depth.shape[2] > 2 and np.ptp(depth[..., :3], 2).max() > 8:  # lossy files have traces of colour
         raise ValueError("a picture of depth, not depth: it has colours")
     hidden = depth.shape[2] in (2, 4) and depth[..., -1] == 0  # the last one is alpha
@@ -332,14 +331,12 @@ def read_depth(content):
 
 def fill_holes(depth):
     """What was not measured becomes as what is beside it in its row, or else column: NaN, infinity, and zeros
-    (or -1) far from all other values, but in maps from 0 to 65535. 65535 far from all others is as far as the
-    farthest of those. (H, W) -> float32 (H, W)"""
+    (or -1) far from all other values, but in maps from 0 to 65535. Without zeros, 65535 far from all others
+    is as far as the farthest of those. (H, W) -> float32 (H, W)"""
     depth = np.float32(np.where(depth < 1e9, depth, np.nan))
-    within = np.max(depth, where=depth < 65535, initial=0)
-    if 0 < within < 16_384:
-        depth = np.minimum(depth, within)
     if depth.min() > 0 or depth.max() == 65535:  # not so with NaN
-        return depth
+        within = np.max(depth, where=depth != 65535, initial=0)
+        return np.minimum(depth, within) if depth.min() > 0 and within < 16_384 else depth
     levels = np.unique(depth[np.isfinite(depth)])
     gaps = np.diff(levels)
     spike = gaps.size > 1 and gaps[0] > max(4 * np.median(gaps[1:]), 0.05 * levels.mean())
@@ -389,7 +386,7 @@ def open_zip(path, pid):
     """A zip, opened anew in each process: data workers must not share a file position."""
     archive = zipfile.ZipFile(path)
     members = [member for member in archive.infolist() if not member.is_dir()]  # some are of Windows
-    if any(member.volume for member in members):
+    if any(0 < member.volume < 65535 for member in members):  # the last: by some that write one part
         raise ValueError("one of several parts; join them first")
     archive.NameToInfo = {os.path.normpath(m.filename.replace("\\", "/")).lstrip("/"): m for m in members}
     return archive
@@ -574,7 +571,8 @@ class ShapesData:
         R = self.cfg.resolution
         finer = 2 if R <= 64 else 1  # rays a pixel and direction: small pictures are smooth
         origins, rays = camera_rays(make_camera(camera[None]), R * finer)
-        color, depth = self.draw(rng, label, float(camera[2]), origins[0, 0].numpy(), rays[0].numpy())
+        fov = float(camera[2])
+        color, depth = self.draw(rng, label, fov, origins[0, 0].numpy(), rays[0].numpy())
         grid = R, finer, R, finer
         image = color.reshape(*grid, 3).mean((1, 3)).clip(0, 1)  # (R, R, 3)
         image = torch.from_numpy((image.transpose(2, 0, 1) * 255).round().astype(np.uint8))
@@ -658,7 +656,6 @@ def open_data(cfg):
     data = ImageData(cfg, source)
     if any(data.depths) or cfg.depth == "none":
         return data
-
     place = hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:8]
     target = root / f"{source.stem}-{cfg.resolution}-{place}"
     say(f"{cfg.data}: photographs without depth; prepared, once, in {target}")
@@ -881,7 +878,8 @@ def call_custom_ops(planes, points, box, decoder, *rest):
     if planes.stride(2) != 1:  # the channels of a pixel must be adjacent in memory
         planes = planes.movedim(2, 4).contiguous().movedim(4, 2)
     tensors = [planes, *(t.contiguous() for t in others)]
-    size = (ctypes.c_int64 * 8)(B, points.shape[1], C, T, *(planes.stride(i) for i in (0, 1, 3, 4)))
+    strides = [planes.stride(i) for i in (0, 1, 3, 4)]
+    size = (ctypes.c_int64 * 8)(B, points.shape[1], C, T, *strides)
     pointers = (ctypes.c_void_p * 8)(*(t.data_ptr() for t in tensors))
     with torch.cuda.device_of(planes):  # does nothing on a CPU
         context = torch.cuda.current_stream().cuda_stream if planes.is_cuda else torch.get_num_threads()
@@ -988,7 +986,8 @@ def cam2world(camera):
 def patch_grid(patch, resolution, like):
     """Pixels of len(like) images or patches, corners included: x right, y up, in [-1, 1]. -> (B, H, W, 2)"""
     line = torch.linspace(-1, 1, resolution, device=like.device)
-    xy = torch.stack(torch.meshgrid(line, -line, indexing="xy"), dim=-1).expand(len(like), -1, -1, -1)
+    xy = torch.stack(torch.meshgrid(line, -line, indexing="xy"), dim=-1)  # (H, W, 2)
+    xy = xy.expand(len(like), -1, -1, -1)
     if patch is None:
         return xy
     scale, offset = patch[:, None, None].split([1, 2], -1)  # (B, 1, 1, 1), (B, 1, 1, 2)
@@ -1106,7 +1105,8 @@ def camera_gradient_penalty(camera_generator, prior, z, c):
 def stratified_depths(near, far, shape, samples, random, device):
     """Depths of the coarse samples: one in each interval between midpoints of an even grid. -> (*shape, S)"""
     grid = torch.linspace(near, far, samples, device=device)  # (S,)
-    edges = torch.cat([grid[:1], (grid[1:] + grid[:-1]) / 2, grid[-1:]])  # (S+1,)
+    middles = (grid[1:] + grid[:-1]) / 2  # (S-1,)
+    edges = torch.cat([grid[:1], middles, grid[-1:]])  # (S+1,)
     size = (*shape, samples)
     u = torch.rand(size, device=device) if random else torch.full(size, 0.5, device=device)
     return edges[:-1] + edges.diff() * u
@@ -1230,7 +1230,6 @@ class SynthesisLayer(nn.Module):
             bias = bias + torch.randn(len(x), 1, *x.shape[2:], device=x.device) * self.noise_strength
         elif noise == "const":
             bias = bias + self.noise_const * self.noise_strength
-
         # leaky_relu(x demodulation + bias) times the activation's gain, with the gain moved inside.
         gain = GAIN[leaky_relu]
         return leaky_relu(torch.addcmul((bias * gain).to(x.dtype), x, (demodulation * gain).to(x.dtype)))
@@ -1383,7 +1382,8 @@ class Generator(nn.Module):
         fine_rgb, fine_sigma = self.query(planes, origins, directions, fine)
 
         depths, order = torch.cat([coarse, fine], -1).sort(-1)  # (B, R, S)
-        rgb = torch.cat([rgb, fine_rgb], -2).gather(-2, order[..., None].expand(-1, -1, -1, 3))
+        channels_too = order[..., None].expand(-1, -1, -1, 3)
+        rgb = torch.cat([rgb, fine_rgb], -2).gather(-2, channels_too)
         return rgb, torch.cat([sigma, fine_sigma], -1).gather(-1, order), depths
 
     def render(self, planes, camera, resolution, patch=None, chunk=2**14, cut=False):
@@ -1528,7 +1528,6 @@ class Discriminator(nn.Module):
         h = self.hyper_mod_mapping(None, code)  # (B, 512)
         for r in self.resolutions:
             x = getattr(self, f"b{r}")(x, h)
-
         # The score is the projection of what was seen on what the class and the patch lead to expect.
         if self.num_classes:
             code = torch.cat([one_hot(c, self.num_classes, code.dtype), code], 1)
@@ -1856,8 +1855,8 @@ def generator_pass(run, real, c_real, patch, number, weight, stats):
     # A sample's score is compared with 0, or with the score of a photograph of its class, by the same patch.
     rival = 0
     if paired:
+        photo = blur_patch(extract_patch(real, patch, cfg.patch_resolution), sigma)
         with torch.no_grad(), autocast(cfg, z.device):
-            photo = blur_patch(extract_patch(real, patch, cfg.patch_resolution), sigma)
             rival, _ = run.D(photo, c, patch)  # (B,)
 
     # D's graph begins at the image, so that D's own loss does not reach G.
@@ -1867,9 +1866,11 @@ def generator_pass(run, real, c_real, patch, number, weight, stats):
     loss_g = F.softplus(rival - score).mean()
     loss_d = F.softplus(score - rival).mean()
     (grad,) = torch.autograd.grad(loss_g * weight, seen, retain_graph=True)
-    stats.add(loss_g=loss_g, loss_d_fake=loss_d, score_fake=score.mean(), fake_std=seen.std())
-    if r2_due:
-        loss_d = loss_d + r1_penalty(score, seen).mean() * (cfg.r1_gamma / 2 * cfg.r1_interval)
+    stats.add(loss_g=loss_g, loss_d_fake=loss_d, score_fake=score.mean())
+    if r2_due:  # R1 of samples, as D sees them
+        penalty = r1_penalty(score, seen).mean()
+        loss_d = loss_d + penalty * (cfg.r1_gamma / 2 * cfg.r1_interval)
+        stats.add(r2=penalty)
     (loss_d * weight).backward()
     image.backward(grad)
     return w.detach().sum(0), score.detach() if paired else 0
@@ -2076,16 +2077,14 @@ def begin_folder(run):
 def diagnose(entry):
     """A log entry -> what is wrong, or "" """
     bad_share = max(entry["nonfinite_g"], entry["nonfinite_d"])
-    apart = abs(entry["score_real"] - entry["score_fake"])
     if bad_share > GUARD_NONFINITE:
         return f"{bad_share:.0%} of the gradients are not finite"
-    losses = ("loss_g", "loss_d_fake", "loss_d_real", "camera_reg", "kd_distance", "r1")
+    losses = ("loss_g", "loss_d_fake", "loss_d_real", "camera_reg", "kd_distance", "r1", "r2")
     if not math.isfinite(sum(entry.get(name, 0) for name in losses)):
         return "a loss is not finite"
-    if apart > GUARD_SCORE:
-        return f"D is saturated, its mean scores are {apart:.3g} apart"
-    if entry["fake_std"] < GUARD_STD:
-        return f"images are constant, their deviation is {entry['fake_std']:.2g}"
+    worst = max(entry["loss_g"], entry["loss_d_fake"], entry["loss_d_real"])
+    if worst > GUARD_LOSS:
+        return f"D is saturated, a loss is {worst:.3g}"
     return ""
 
 
@@ -2137,9 +2136,9 @@ def open_run(cfg, state, stop):
                 part.load_state_dict(state[name])
         except Exception:  # of other options or data, or damaged
             raise UserError(f"--resume {cfg.resume}: of networks that do not fit") from None
-        before = state.get("classes")
-        if before and data.classes and before != data.classes:  # they would exchange their numbers
-            raise UserError(f"--data {cfg.data}: the classes were {before}; name them so again")
+        if state.get("classes", data.classes) != data.classes:  # they might exchange their numbers
+            what = f"the classes were {state['classes']}"
+            raise UserError(f"--data {cfg.data}: {what}; name them so, or begin anew by --init")
     elif start:
         begin_with(cfg.init, run.G, start["G_ema"])
         begin_with(cfg.init, run.D, start["D"])
@@ -2228,7 +2227,8 @@ def to_picture(rgb, depth=(), near=-1, far=1, dim=1):
     parts = [(rgb + 1) / 2]
     for d in depth:
         parts.append((d - near).expand_as(rgb) / max(far - near, 1e-6))
-    return (torch.cat(parts, dim).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    picture = (torch.cat(parts, dim).clamp(0, 1) * 255).round().byte()
+    return picture.permute(1, 2, 0).cpu().numpy()
 
 
 def tile(cells, columns):
@@ -2367,7 +2367,7 @@ def resolve(given):
 def run_program(name, work):
     """Calls work(); what a user can mend becomes one line on standard error. -> exit status"""
     status = 0
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 (who called has closed it)
+    sys.stderr = sys.stderr or open(os.devnull, "w", errors="replace")  # noqa: SIM115 (who called has closed it)
     if hasattr(sys.stdout, "reconfigure"):  # what the terminal cannot show is no reason to end
         sys.stdout.reconfigure(errors="replace")
     try:

@@ -936,7 +936,13 @@ def test_beyond_the_range_of_a_sensor_is_as_far_as_the_farthest():
     # in a map that uses the whole range it is a depth like another
     whole = np.linspace(0, 65535, 1200).astype(np.uint16).reshape(30, 40)
     assert np.array_equal(m.fill_holes(whole), whole)
-    assert (m.fill_holes(np.full((4, 4), 65535, np.uint16)) == 65535).all()
+    behind = np.where(far == 65535, 65535, whole // 30 - whole[6, 0] // 30)  # as lereS_depth.py writes
+    assert np.array_equal(m.fill_holes(behind), behind)
+
+    # ... and so it is where there is more
+    metres = np.where(far == 65535, 200_000, far.astype(float))
+    metres[29] = 65535
+    assert np.array_equal(m.fill_holes(metres), metres)
 
 
 @pytest.mark.parametrize("white", [0, 1])
@@ -2482,7 +2488,6 @@ HEALTHY = dict(
     loss_d_fake=0.4,
     score_real=1.0,
     score_fake=-1.0,
-    fake_std=0.4,
     r1=0.2,
     nonfinite_g=0.0,
     nonfinite_d=0.0,
@@ -2491,10 +2496,10 @@ TOLD_APART = [
     (dict(nonfinite_g=0.02), "2% of the gradients"),
     (dict(nonfinite_d=0.06), "6% of the gradients"),
     (dict(loss_d_real=math.nan), "not finite"),
-    (dict(score_fake=-60.0), "saturated, its mean scores are 61 apart"),
-    (dict(fake_std=0.003), "constant"),
+    (dict(score_fake=-60.0, loss_g=60.0), "saturated, a loss is 60"),
+    (dict(score_real=-50.0, score_fake=-50.0, loss_d_real=50.0), "saturated, a loss is 50"),
     ({}, ""),
-    (dict(nonfinite_g=0.005, loss_g=5.0, r1=3.0, fake_std=0.1, score_real=15.0), ""),
+    (dict(nonfinite_g=0.005, loss_g=5.0, r1=3.0, score_real=15.0), ""),
     (dict(score_real=-50.0, score_fake=-51.0), ""),  # by pairs both may drift together
 ]
 

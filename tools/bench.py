@@ -151,10 +151,15 @@ class Stopwatch:
         return self.spent
 
     def measure_pair(self, n):
-        """-> the phases of a step without R1, and "D on reals, R1" of one with it"""
+        """-> the phases of a step without R1, and "D on reals, R1" of one with it, R1 of samples included"""
         first = n * self.run.cfg.r1_interval
         spent = self.measure(first + 1)
-        return {**spent, "D on reals, R1": self.measure(first)["D on reals"]}
+        with_r1 = self.measure(first)
+        more = with_r1["D on fakes, G backward"] - spent["D on fakes, G backward"]
+        return {
+            **spent,
+            "D on reals, R1": with_r1["D on reals"] + more * (self.run.cfg.loss == "relativistic"),
+        }
 
 
 def bench_step(cfg, repeats, device):

@@ -1382,8 +1382,8 @@ class Generator(nn.Module):
         fine_rgb, fine_sigma = self.query(planes, origins, directions, fine)
 
         depths, order = torch.cat([coarse, fine], -1).sort(-1)  # (B, R, S)
-        channels_too = order[..., None].expand(-1, -1, -1, 3)
-        rgb = torch.cat([rgb, fine_rgb], -2).gather(-2, channels_too)
+        each_channel = order[..., None].expand(-1, -1, -1, 3)
+        rgb = torch.cat([rgb, fine_rgb], -2).gather(-2, each_channel)
         return rgb, torch.cat([sigma, fine_sigma], -1).gather(-1, order), depths
 
     def render(self, planes, camera, resolution, patch=None, chunk=2**14, cut=False):

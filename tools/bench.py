@@ -154,12 +154,9 @@ class Stopwatch:
         """-> the phases of a step without R1, and "D on reals, R1" of one with it, R1 of samples included"""
         first = n * self.run.cfg.r1_interval
         spent = self.measure(first + 1)
-        with_r1 = self.measure(first)
-        more = with_r1["D on fakes, G backward"] - spent["D on fakes, G backward"]
-        return {
-            **spent,
-            "D on reals, R1": with_r1["D on reals"] + more * (self.run.cfg.loss == "relativistic"),
-        }
+        due = self.measure(first)
+        more = due["D on fakes, G backward"] - spent["D on fakes, G backward"]
+        return {**spent, "D on reals, R1": due["D on reals"] + more}
 
 
 def bench_step(cfg, repeats, device):
@@ -191,7 +188,6 @@ def bench_step(cfg, repeats, device):
     more = phases["D on reals, R1"] - phases["D on reals"]
     phases["whole step"] = sum(phases.values()) - phases["D on reals, R1"]
     phases["mean, with R1"] = phases["whole step"] + more / cfg.r1_interval
-
     rate = product_rate(cfg, device)
     rows = []
     for phase, spent in phases.items():

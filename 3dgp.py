@@ -140,7 +140,7 @@ class Config:
     density_noise: float = opt(1.0, "standard deviation of the noise on densities at the start")
     density_noise_kimg: float = opt(5_000, "the density noise falls to 0 over this")
     # optimisation
-    loss: str = opt("nonsaturating", "or by pairs (R3GAN), R1 on both", "nonsaturating", "relativistic")
+    loss: str = opt("nonsaturating", "of each score, or of pairs (R3GAN)", "nonsaturating", "relativistic")
     kimg: float = opt(25_000, "length of the run in thousands of images")
     batch_size: int = opt(64, "images per step, over all processes")
     batch_gpu: int = opt(8, "images per pass at most: each takes gcd(this, a process's share)")

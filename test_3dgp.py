@@ -923,6 +923,14 @@ def test_what_is_transparent_in_a_map_is_a_hole():
         assert np.array_equal(np.isnan(depth), alpha == 0)
         assert np.abs(m.fill_holes(depth) - slope).max() <= 1
 
+    # a palette of gray, of which one entry is transparent
+    image = PIL.Image.fromarray(np.where(alpha > 0, slope, 7).astype(np.uint8)).convert("P")
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", transparency=7)
+    depth = m.read_depth(buffer.getvalue())
+    assert np.array_equal(np.isnan(depth), alpha == 0)
+    assert np.array_equal(depth[alpha > 0], slope[alpha > 0])
+
 
 def test_beyond_the_range_of_a_sensor_is_as_far_as_the_farthest():
     """65535 in a map in millimetres would leave all else a hundredth of the range."""
@@ -1981,8 +1989,11 @@ def test_one_pass_gives_the_gradients_of_both_networks(loss, step):
     networks = {"G": run.G, "D": run.D}
     patch = m.sample_patch(cfg, 8, kimg)
     real, c_real = torch.randn(8, 4, 16, 16), torch.tensor([0, 0, 1, 1, 1, 0, 1, 1])
-    _, rival = m.generator_pass(run, real, c_real, patch, 0, 0.5, m.Averages())
-    m.discriminator_pass(run, real, c_real, patch, rival, 1.0, 0.5, m.Averages())
+    stats = m.Averages()
+    _, rival = m.generator_pass(run, real, c_real, patch, 0, 0.5, stats)
+    m.discriminator_pass(run, real, c_real, patch, rival, 1.0, 0.5, stats)
+    assert ("r1" in stats) == (step == 16)
+    assert ("r2" in stats) == (step == 16 and loss == "relativistic")
     got = {name: gradients(network) for name, network in networks.items()}
 
     for name in networks:
@@ -2797,6 +2808,13 @@ def test_a_part_of_a_zip_is_not_one(tmp_path, capsys):
         )
         assert status == 2
         assert "one whole zip file" in err
+
+    # some that write one part do not number it
+    whole = bytearray(content)
+    entry = whole.rindex(b"PK\x01\x02")
+    whole[entry + 34 : entry + 36] = b"\xff\xff"
+    (tmp_path / "whole.zip").write_bytes(whole)
+    assert len(data_of(tmp_path / "whole.zip", depth="none")) == 20
 
 
 def test_standard_error_may_be_closed(tmp_path):

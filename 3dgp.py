@@ -211,7 +211,7 @@ def make_config(given):
 
 # What is taken for divergence, by the means over a log interval, and what then happens.
 GUARD_NONFINITE = 0.01  # more than this share of the gradients is not finite (or a loss is not)
-GUARD_LOSS = 20  # D is saturated: a loss is larger than this
+GUARD_LOSS = 20  # D is saturated: the losses of G and D sum to more than this
 GUARD_SLOW_KIMG = 200  # after going back the learning rates are halved for so long
 GUARD_TRIES = 5  # the run ends after so many recoveries
 MBSTD_GROUP = 4  # mini-batch standard deviation compares so many images; they share one patch
@@ -295,14 +295,11 @@ def load_tensors(path, flag, **kind):
 
 NO_PHOTOS = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "PCD", "PDF", "WMF"}  # or not for Pillow alone
 SUFFIXES = {end for end, kind in Image.registered_extensions().items() if kind not in NO_PHOTOS} - {".pfm"}
-Image.MAX_IMAGE_PIXELS = None  # the limit is in to_rgb, by memory
-MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2**33
+Image.MAX_IMAGE_PIXELS = 2**28  # Pillow refuses what has twice as many, 2 GiB
 
 
 def to_rgb(image):
     """Any PIL image, upright and as RGB; transparency over white, 16-bit gray scaled to 8."""
-    if image.width * image.height > MEMORY / 16:
-        raise ValueError(f"{image.width} x {image.height} pixels are more than this machine's memory holds")
     if image.mode == "F":
         raise ValueError("floats, whose range nobody knows; save it with 8 or 16 bits")
     image = ImageOps.exif_transpose(image)
@@ -677,12 +674,12 @@ def real_images(batch, device):
 
 @dataclass
 class MirroredData:
-    """The data and its mirror image: index n + i is item i flipped."""
+    """The data and its mirror image: index n + i is item i flipped. An item knows its `number`."""
 
     data: object
 
     def __getitem__(self, i):
-        item = self.data[i % len(self.data)]
+        item = dict(self.data[i % len(self.data)], number=i)
         if i >= len(self.data):
             item.update({key: item[key].flip(-1) for key in ("image", "depth", "true_depth") if key in item})
             if "camera" in item:
@@ -1415,8 +1412,8 @@ def draw_latents(cfg, n, labels, phase=""):
     return z, c, sample_camera_prior(cfg, n, z.device)
 
 
-def autocast(cfg, device):
-    return torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
+def autocast(cfg, device, wanted=True):
+    return torch.autocast(device.type, torch.bfloat16, enabled=wanted and cfg.precision == "bf16")
 
 
 def synthesize(G, z, c, prior, choice, patch=None):
@@ -1538,7 +1535,7 @@ class Discriminator(nn.Module):
 
 
 class Teacher(nn.Module):
-    """A frozen timm classifier. Whole images in [-1, 1], (B, 3, H, W) -> pooled features (B, dim)
+    """A frozen timm classifier. Whole images in [-1, 1], (B, 3 or 4, H, W) -> pooled features (B, dim)
     weights: a file of its state dict; without one timm downloads them. What does not fit is a UserError."""
 
     def __init__(self, name, weights=""):
@@ -1558,11 +1555,14 @@ class Teacher(nn.Module):
         self.size = data["input_size"][-1]
         self.register_buffer("mean", torch.tensor(data["mean"]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(data["std"]).view(3, 1, 1), persistent=False)
+        self.known = None  # features of all images of the data, their mirror images too (2 N, dim)
         self.dim = self(torch.zeros(1, 3, 8, 8)).shape[1]  # not num_features: some pool to another width
 
     @torch.no_grad()
-    def forward(self, image):
-        x = F.interpolate(image, self.size, mode="bicubic", antialias=True)  # (B, 3, size, size)
+    def forward(self, image, numbers=None):
+        if self.known is not None:
+            return self.known[numbers].to(image.device)
+        x = F.interpolate(image[:, :3], self.size, mode="bicubic", antialias=True)  # (B, 3, size, size)
         x = self.model.forward_features(((x + 1) / 2 - self.mean) / self.std)
         return self.model.forward_head(x, pre_logits=True).float()
 
@@ -1740,7 +1740,7 @@ def running_gaussian(parts):
 def real_parts(cfg, data, detector, device, reals):
     """Features (B, F) of this process's share of the data and its mirror image, or of `reals` fixed ones."""
     total = len(data) * (2 if cfg.mirror else 1)
-    order = np.random.default_rng(0).permutation(total)[: reals or total]
+    order = np.random.default_rng(0).permutation(total)[:reals] if reals else np.arange(total)
     batches = (order[i] for i in own_batches(len(order), "measuring data"))
     for batch in load_batches(data, cfg, batches):
         yield detector(real_images(batch, device))
@@ -1861,7 +1861,7 @@ def generator_pass(run, real, c_real, patch, number, weight, stats):
 
     # D's graph begins at the image, so that D's own loss does not reach G.
     seen = image.detach().requires_grad_()
-    with contextlib.nullcontext() if r2_due else autocast(cfg, z.device):
+    with autocast(cfg, z.device, not r2_due):
         score, _ = run.D(seen, c, patch)  # (B,)
     loss_g = F.softplus(rival - score).mean()
     loss_d = F.softplus(score - rival).mean()
@@ -1876,21 +1876,21 @@ def generator_pass(run, real, c_real, patch, number, weight, stats):
     return w.detach().sum(0), score.detach() if paired else 0
 
 
-def discriminator_pass(run, real, c, patch, rival, scale_mean, weight, stats):
-    """Gradients of D on real images (B, 3 or 4, R, R), classes c (B,), by patches of B: score, distillation
-    of the whole image, R1 every r1_interval steps. rival: 0 or scores; scale_mean: of all patches"""
+def discriminator_pass(run, real, numbers, c, patch, rival, scale_mean, weight, stats):
+    """Gradients of D on real images (B, 3 or 4, R, R), by numbers in the data, classes c, patches (B, ...):
+    score, distillation, R1 every r1_interval steps. rival: 0 or scores; scale_mean: of all patches"""
     cfg = run.cfg
     r1_due = run.step % cfg.r1_interval == 0
     now = schedules(cfg, run.kimg)
     image = extract_patch(real, patch, cfg.patch_resolution).requires_grad_(r1_due)  # (B, 3 or 4, P, P)
     seen = blur_patch(image, now["blur_sigma"])
-    with contextlib.nullcontext() if r1_due else autocast(cfg, real.device):  # no double backward in bf16
+    with autocast(cfg, real.device, not r1_due):  # no double backward in bf16
         score, predicted = run.D(seen, c, patch)  # (B,), (B, teacher_dim)
     loss = loss_real = F.softplus(rival - score).mean()
 
     if run.teacher:
         with autocast(cfg, real.device):
-            target = run.teacher(real[:, :3])  # (B, teacher_dim)
+            target = run.teacher(real, numbers)  # (B, teacher_dim)
         distance = (predicted - target).norm(dim=1)  # (B,)
         loss = loss + now["kd_weight"] * (distance * patch[:, 0] / scale_mean).mean()
         stats.add(kd_distance=distance.mean())
@@ -1942,7 +1942,8 @@ def training_step(run, batch, stats):
     passes = [slice(first, first + cfg.batch_gpu) for first in range(0, share, cfg.batch_gpu)]
     for number, part in enumerate(passes, RANK * len(passes)):
         w, rival = generator_pass(run, real[part], c[part], patches[part], number, weight, stats)
-        discriminator_pass(run, real[part], c[part], patches[part], rival, scale_mean, weight, stats)
+        numbers = batch["number"][part]
+        discriminator_pass(run, real[part], numbers, c[part], patches[part], rival, scale_mean, weight, stats)
         w_sum = w_sum + w
     if G.camera_generator:
         seed_draws(train_seed(cfg), run.step, "camera", 0)  # the same draws in every process
@@ -2079,12 +2080,9 @@ def diagnose(entry):
     bad_share = max(entry["nonfinite_g"], entry["nonfinite_d"])
     if bad_share > GUARD_NONFINITE:
         return f"{bad_share:.0%} of the gradients are not finite"
-    losses = ("loss_g", "loss_d_fake", "loss_d_real", "camera_reg", "kd_distance", "r1", "r2")
-    if not math.isfinite(sum(entry.get(name, 0) for name in losses)):
-        return "a loss is not finite"
-    worst = max(entry["loss_g"], entry["loss_d_fake"], entry["loss_d_real"])
-    if worst > GUARD_LOSS:
-        return f"D is saturated, a loss is {worst:.3g}"
+    losses = entry["loss_g"] + entry["loss_d_fake"] + entry["loss_d_real"]
+    if not losses < GUARD_LOSS:
+        return f"D is saturated, or a loss is not finite: their sum is {losses:.3g}"
     return ""
 
 
@@ -2127,6 +2125,8 @@ def open_run(cfg, state, stop):
     sizes = dict(num_classes=data.num_classes, teacher_dim=teacher.dim if teacher else 0)
     cfg = replace(cfg, batch_gpu=math.gcd(cfg.batch_gpu, share), **sizes)  # passes divide the share
     join_processes(device, cfg.timeout)
+    if teacher and len(data) * teacher.dim < 2**26:  # computed once where memory holds all, half a GiB
+        teacher.known = gather(real_parts(cfg, data, teacher, device, 0))
     trained = build(cfg, device)
     run = Run(cfg, data, torch.from_numpy(data.labels).to(device), teacher, stop, **trained)
     if state:

@@ -168,7 +168,7 @@ def bench_step(cfg, repeats, device):
     data = tdgp.MirroredData(tdgp.ShapesData(cfg))
     run = tdgp.Run(cfg, data, labels, teacher, [], **tdgp.build(cfg, device))
     if dim and not teacher:  # the published code reads features from a file
-        run.teacher = lambda image: image.new_zeros(len(image), dim)
+        run.teacher = lambda image, numbers: image.new_zeros(len(image), dim)
 
     # Once to warm up, once with operations counted, then against the clock.
     stopwatch = Stopwatch(run)

@@ -2,8 +2,7 @@
 
     python tools/ablate.py adaptor                                     # 3 seeds of each variant: hours
     python tools/ablate.py adaptor --options "--depth-distortion 2"    # options of 3dgp.py for all runs
-    python tools/ablate.py distillation --options "--data photos/ --preset small --depth none
-                           --teacher-weights tf_efficientnet_lite0.pth"
+    python tools/ablate.py distillation-2d --options "--data photos/ --preset small"   # of photographs
 
 Runs follow each other, each in a folder of its own. Called again, it goes on where it was: finished runs are
 passed over, broken ones resumed. It writes table.md (means and deviations over the seeds, at equal images),
@@ -44,9 +43,18 @@ class Variant:
     comparable: bool = True  # whether its distance is to the same data and channels as the baseline's
 
 
-# StyleGAN2 at 64²: the backbone paints the picture itself.
-FLAT = "--dims 2 --depth none --camera frontal --triplane-features 1 "
-FLAT += "--resolution 64 --triplane-resolution 64 --patch-resolution 64"
+def distillation(options):
+    """On photographs, such as --data in --options names."""
+    teacher = f"{options} --teacher tf_efficientnet_lite0"
+    without = Variant("without", f"{options} --teacher none", "the baseline of section 3.4")
+    return without, Variant("with", teacher, "FID at least 40% lower at equal images")
+
+
+def flat(resolution):
+    """StyleGAN2: the backbone paints the picture itself."""
+    sizes = f"--resolution {resolution} --triplane-resolution {resolution} --patch-resolution {resolution}"
+    return f"--dims 2 --depth none --camera frontal --triplane-features 1 {sizes}"
+
 
 EXPERIMENTS = {
     "adaptor": (
@@ -68,19 +76,12 @@ EXPERIMENTS = {
         Variant("without", "--depth none", "no number. Its distance is of RGB alone", False),
     ),
     "loss": (
-        Variant(
-            "relativistic", "--loss relativistic", "none: pairs and R1 on both, as in R3GAN; the default"
-        ),
+        Variant("relativistic", "--loss relativistic", "none: R3GAN's pairs, R1 on both; the default"),
         Variant("nonsaturating", "--loss nonsaturating", "section 3.5: what the paper trains with"),
     ),
-    "distillation": (  # on photographs
-        Variant("without", "--teacher none", "the baseline of section 3.4"),
-        Variant("with", "--teacher tf_efficientnet_lite0", "FID at least 40% lower at equal images"),
-    ),
-    "distillation-2d": (
-        Variant("without", f"{FLAT} --teacher none", "StyleGAN2, the baseline of the convergence figure"),
-        Variant("with", f"{FLAT} --teacher tf_efficientnet_lite0", "FID at least 40% lower at equal images"),
-    ),
+    "distillation": distillation(""),
+    "distillation-2d": distillation(flat(64)),  # the convergence figure, of --preset small
+    "distillation-2d-32": distillation(flat(32)),  # and of --preset tiny
 }
 SHOWN = r"^(fid|kid|is)\d|precision|recall|nfs|depth_error_render|named_(depth|gray)$|W1"  # in the table
 COLORS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed")  # of the variants, in turn

@@ -5210,6 +5210,18 @@ def test_a_table_has_means_deviations_and_when_the_baseline_was_reached(tmp_path
 
 
 @with_tools
+def test_every_experiment_compares_runs_that_can_be_made(tmp_path):
+    ablate = tool("ablate")
+    for name, variants in ablate.EXPERIMENTS.items():
+        options = ablate.AblateOptions(name, seeds=1, out=str(tmp_path), options="--preset tiny --kimg 2")
+        if name == "distillation-2d":
+            options.options = "--preset small --kimg 2"
+        trials, images = ablate.plan(options)
+        assert images == 2000
+        assert len({tuple(trial.options) for trial in trials}) == len(variants) > 1
+
+
+@with_tools
 def test_a_killed_ablation_goes_on_where_it_was(tmp_path):
     data = make_folder(tmp_path / "data", each=4, depth=True)
     options = dict(MICRO, data=data, kimg=1.6, metrics="fid16", detector="area8", reals=16, metrics_kimg=0.8)

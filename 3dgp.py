@@ -210,8 +210,8 @@ def make_config(given):
 
 
 # What is taken for divergence, by the means over a log interval, and what then happens.
-GUARD_NONFINITE = 0.01  # more than this share of the gradients is not finite (or a loss is not)
-GUARD_LOSS = 20  # D is saturated: the losses of G and D sum to more than this
+GUARD_NONFINITE = 0.01  # more than this share of the gradients is not finite
+GUARD_LOSS = 20  # D is saturated: a loss is larger than this
 GUARD_SLOW_KIMG = 200  # after going back the learning rates are halved for so long
 GUARD_TRIES = 5  # the run ends after so many recoveries
 MBSTD_GROUP = 4  # mini-batch standard deviation compares so many images; they share one patch
@@ -295,7 +295,7 @@ def load_tensors(path, flag, **kind):
 
 NO_PHOTOS = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "PCD", "PDF", "WMF"}  # or not for Pillow alone
 SUFFIXES = {end for end, kind in Image.registered_extensions().items() if kind not in NO_PHOTOS} - {".pfm"}
-Image.MAX_IMAGE_PIXELS = 2**28  # Pillow refuses what has twice as many, 2 GiB
+Image.MAX_IMAGE_PIXELS = 2**28  # Pillow warns of more, and refuses twice as many
 
 
 def to_rgb(image):
@@ -1535,8 +1535,8 @@ class Discriminator(nn.Module):
 
 
 class Teacher(nn.Module):
-    """A frozen timm classifier. Whole images in [-1, 1], (B, 3 or 4, H, W) -> pooled features (B, dim)
-    weights: a file of its state dict; without one timm downloads them. What does not fit is a UserError."""
+    """A frozen timm classifier. Whole images in [-1, 1], (B, 3 or 4, H, W) -> pooled features (B, dim); with
+    numbers, once for each. weights: a file of its state dict, else timm downloads them; misfits: UserError"""
 
     def __init__(self, name, weights=""):
         super().__init__()
@@ -1555,16 +1555,18 @@ class Teacher(nn.Module):
         self.size = data["input_size"][-1]
         self.register_buffer("mean", torch.tensor(data["mean"]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(data["std"]).view(3, 1, 1), persistent=False)
-        self.known = None  # features of all images of the data, their mirror images too (2 N, dim)
+        self.known = {}  # features of images by their numbers in the data
         self.dim = self(torch.zeros(1, 3, 8, 8)).shape[1]  # not num_features: some pool to another width
 
     @torch.no_grad()
-    def forward(self, image, numbers=None):
-        if self.known is not None:
-            return self.known[numbers].to(image.device)
+    def forward(self, image, numbers=()):
+        if numbers and self.known.keys() >= set(numbers):
+            return torch.stack([self.known[n] for n in numbers])
         x = F.interpolate(image[:, :3], self.size, mode="bicubic", antialias=True)  # (B, 3, size, size)
         x = self.model.forward_features(((x + 1) / 2 - self.mean) / self.std)
-        return self.model.forward_head(x, pre_logits=True).float()
+        features = self.model.forward_head(x, pre_logits=True).float()
+        self.known.update(zip(numbers, features, strict=False))
+        return features
 
 
 # ---- Losses ------------------------------------------------------------------------------------------------
@@ -1740,7 +1742,7 @@ def running_gaussian(parts):
 def real_parts(cfg, data, detector, device, reals):
     """Features (B, F) of this process's share of the data and its mirror image, or of `reals` fixed ones."""
     total = len(data) * (2 if cfg.mirror else 1)
-    order = np.random.default_rng(0).permutation(total)[:reals] if reals else np.arange(total)
+    order = np.random.default_rng(0).permutation(total)[: reals or total]
     batches = (order[i] for i in own_batches(len(order), "measuring data"))
     for batch in load_batches(data, cfg, batches):
         yield detector(real_images(batch, device))
@@ -1942,7 +1944,7 @@ def training_step(run, batch, stats):
     passes = [slice(first, first + cfg.batch_gpu) for first in range(0, share, cfg.batch_gpu)]
     for number, part in enumerate(passes, RANK * len(passes)):
         w, rival = generator_pass(run, real[part], c[part], patches[part], number, weight, stats)
-        numbers = batch["number"][part]
+        numbers = batch["number"][part].tolist() if len(run.data) < 32768 else ()  # features of all: 0.5 GiB
         discriminator_pass(run, real[part], numbers, c[part], patches[part], rival, scale_mean, weight, stats)
         w_sum = w_sum + w
     if G.camera_generator:
@@ -2080,9 +2082,9 @@ def diagnose(entry):
     bad_share = max(entry["nonfinite_g"], entry["nonfinite_d"])
     if bad_share > GUARD_NONFINITE:
         return f"{bad_share:.0%} of the gradients are not finite"
-    losses = entry["loss_g"] + entry["loss_d_fake"] + entry["loss_d_real"]
-    if not losses < GUARD_LOSS:
-        return f"D is saturated, or a loss is not finite: their sum is {losses:.3g}"
+    worst = np.max([entry["loss_g"], entry["loss_d_fake"], entry["loss_d_real"]])
+    if not worst <= GUARD_LOSS:
+        return f"D is saturated, or not finite: a loss is {worst:.3g}"
     return ""
 
 
@@ -2125,8 +2127,6 @@ def open_run(cfg, state, stop):
     sizes = dict(num_classes=data.num_classes, teacher_dim=teacher.dim if teacher else 0)
     cfg = replace(cfg, batch_gpu=math.gcd(cfg.batch_gpu, share), **sizes)  # passes divide the share
     join_processes(device, cfg.timeout)
-    if teacher and len(data) * teacher.dim < 2**26:  # computed once where memory holds all, half a GiB
-        teacher.known = gather(real_parts(cfg, data, teacher, device, 0))
     trained = build(cfg, device)
     run = Run(cfg, data, torch.from_numpy(data.labels).to(device), teacher, stop, **trained)
     if state:
@@ -2329,7 +2329,7 @@ def validate(cfg, world):
     require(cfg.prior_fov[1] < 180, "--prior-fov: must stay below 180 degrees")
     require(cfg.channel_base >= max(R, cfg.triplane_resolution), "--channel-base: less than the resolution")
     require(cfg.coarse_samples >= 3, f"--coarse-samples {cfg.coarse_samples}: must be 3 or more")
-    require(cfg.near < cfg.far, f"--near {cfg.near}: must be less than --far {cfg.far}")
+    require(cfg.near < cfg.far, f"--near {cfg.near}: must be less than --far")
     parse_metrics(cfg.metrics)
 
     share = cfg.batch_size // world

@@ -145,7 +145,8 @@ class Stopwatch:
         self.run.step = number
         self.spent = {}
         with self.phase("drawing data"):
-            batch = torch.utils.data.default_collate([self.run.data[i] for i in range(self.images)])
+            items = [dict(self.run.data[i], number=i) for i in range(self.images)]
+            batch = torch.utils.data.default_collate(items)
         with self.watch(), self.phase("other"):
             tdgp.training_step(self.run, batch, tdgp.Averages())
         return self.spent
@@ -165,8 +166,7 @@ def bench_step(cfg, repeats, device):
     dim = teacher.dim if teacher else cfg.teacher_dim
     cfg = dataclasses.replace(cfg, num_classes=cfg.num_classes or 8, teacher_dim=dim)
     labels = torch.arange(cfg.num_classes, device=device)
-    data = tdgp.MirroredData(tdgp.ShapesData(cfg))
-    run = tdgp.Run(cfg, data, labels, teacher, [], **tdgp.build(cfg, device))
+    run = tdgp.Run(cfg, tdgp.ShapesData(cfg), labels, teacher, [], **tdgp.build(cfg, device))
     if dim and not teacher:  # the published code reads features from a file
         run.teacher = lambda image, numbers: image.new_zeros(len(image), dim)
 

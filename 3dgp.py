@@ -2328,8 +2328,8 @@ def validate(cfg, world):
     require(cfg.prior_pitch[1] <= math.pi, "--prior-pitch: must lie between 0 and pi")
     require(cfg.prior_fov[1] < 180, "--prior-fov: must stay below 180 degrees")
     require(cfg.channel_base >= max(R, cfg.triplane_resolution), "--channel-base: less than the resolution")
-    require(cfg.coarse_samples >= 3, f"--coarse-samples {cfg.coarse_samples}: must be 3 or more")
-    require(cfg.near < cfg.far, f"--near {cfg.near}: must be less than --far")
+    require(cfg.coarse_samples >= 3, "--coarse-samples: must be 3 or more")
+    require(cfg.near < cfg.far, "--near: must be less than --far")
     parse_metrics(cfg.metrics)
 
     share = cfg.batch_size // world

@@ -1536,7 +1536,7 @@ class Discriminator(nn.Module):
 
 class Teacher(nn.Module):
     """A frozen timm classifier. Whole images in [-1, 1], (B, 3 or 4, H, W) -> pooled features (B, dim), known
-    by the images' numbers, if given. weights: a state dict's file, or timm downloads them; else a UserError"""
+    by the images' numbers, if given. weights: a state dict's file, or timm downloads them; else UserError"""
 
     def __init__(self, name, weights=""):
         super().__init__()

@@ -1624,8 +1624,7 @@ def camera_regularizer(G, kimg):
 
 
 # ---- Metrics -----------------------------------------------------------------------------------------------
-# What training follows: FID, by the features of a network, and the paper's Non-Flatness Score. Any number of
-# processes get the same numbers. Another network than Inception is named: fid2k[area8].
+# What training follows: FID and the paper's Non-Flatness Score, the same on any number of processes.
 
 
 def frechet_distance(a, b):
@@ -1667,7 +1666,7 @@ class Detector:
         self.net = None
         cached = Path(torch.hub.get_dir(), "checkpoints", Path(FID_NET).name)
         path = cached if name == "inception" else Path(name)
-        self.label = "" if path.name == cached.name else f"[{path.stem}]"  # is added to the names of metrics
+        self.label = "" if path.name == cached.name else f"[{path.stem}]"  # of a metric: fid2k[area8]
         if name == "area8":
             return
         try:
@@ -1771,9 +1770,8 @@ def measure_samples(G, labels, detector, n, n_flat):
 
 
 # ---- Training ----------------------------------------------------------------------------------------------
-# One step; then what a run of months needs: checkpoints, a guard against divergence, the loop. A process
-# takes a share of the batch, in passes of --batch-gpu images. Draws are a function of seed, step and the
-# pass's number in the whole batch, so that the gradients do not depend on the number of processes.
+# One step; then what a run of months needs: checkpoints, a guard against divergence, the loop. Draws are a
+# function of seed, step, pass of the whole batch: gradients are the same on any number of processes.
 
 
 @dataclass
@@ -1924,6 +1922,7 @@ def training_step(run, batch, stats):
     now = schedules(cfg, run.kimg)
     real = real_images(batch, run.labels.device)  # (share, 3 or 4, R, R)
     c = batch["label"].to(real.device)  # (share,)
+    numbers = batch["number"].tolist() if len(run.data) < 32_768 else ()  # features of all: 0.5 GiB
     share = cfg.batch_size // WORLD
 
     # Patches are shared by reals and fakes. Each process draws all: distillation needs the mean scale.
@@ -1944,8 +1943,8 @@ def training_step(run, batch, stats):
     passes = [slice(first, first + cfg.batch_gpu) for first in range(0, share, cfg.batch_gpu)]
     for number, part in enumerate(passes, RANK * len(passes)):
         w, rival = generator_pass(run, real[part], c[part], patches[part], number, weight, stats)
-        numbers = batch["number"][part].tolist() if len(run.data) < 32768 else ()  # features of all: 0.5 GiB
-        discriminator_pass(run, real[part], numbers, c[part], patches[part], rival, scale_mean, weight, stats)
+        photos = real[part], numbers[part], c[part]
+        discriminator_pass(run, *photos, patches[part], rival, scale_mean, weight, stats)
         w_sum = w_sum + w
     if G.camera_generator:
         seed_draws(train_seed(cfg), run.step, "camera", 0)  # the same draws in every process
@@ -2252,8 +2251,9 @@ def render_views(G, planes, cameras, resolution, dim=1):
 
 
 @torch.no_grad()
-def write_samples(G, labels, path, scenes=16, views=4):
-    """A grid of fixed z and classes, 4 scenes a row: RGB over depth, `views` yaws, mean ± 0.3 rad"""
+def write_samples(G, labels, path):
+    """A grid of fixed z and classes: 4 scenes a row, RGB over depth from 4 yaws, mean ± 0.3 rad; 2D: 16"""
+    scenes, views = (16, 4) if G.cfg.dims == 3 else (64, 1)
     z, _, prior = draw_latents(G.cfg, scenes, labels, "samples")
     c = torch.arange(scenes, device=z.device) % max(1, G.cfg.num_classes)
     camera = G.pose(prior, z, c)  # of B
@@ -2262,7 +2262,7 @@ def write_samples(G, labels, path, scenes=16, views=4):
     for i in torch.arange(scenes, device=z.device).split(1):
         cameras = rows(camera, i.expand(views))._replace(yaw=yaws)
         cells += render_views(G, G.backbone(G.mapping(z[i], c[i])), cameras, G.cfg.resolution)
-    write_image(tile(cells, 4 * views), path)
+    write_image(tile(cells, 16), path)
 
 
 # ---- Main --------------------------------------------------------------------------------------------------

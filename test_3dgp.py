@@ -3396,6 +3396,17 @@ def test_samples_are_four_views_of_each_scene_over_their_depth(run, tmp_path):
             assert image.size == (16 * 96, 4 * 2 * 96)
 
 
+def test_samples_in_2d_are_16_pictures_in_a_row(tmp_path):
+    """64 pictures of 64 latents, none of them twice."""
+    G = m.Generator(micro(dims=2, depth="none", camera="frontal", triplane_features=1)).eval()
+    m.write_samples(G, torch.arange(8), tmp_path / "grid.png")
+    with PIL.Image.open(tmp_path / "grid.png") as image:
+        pixels = np.asarray(image)
+    assert pixels.shape == (4 * 96, 16 * 96, 3)
+    pictures = pixels.reshape(4, 96, 16, 96, 3).swapaxes(1, 2).reshape(64, -1)
+    assert len(np.unique(pictures, axis=0)) == 64
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Main: the command line and bad input
 

@@ -173,16 +173,16 @@ SHORT = dict(
     z_dim=64, w_dim=64, mapping_lr_mult=0.1, camera_lr_mult=1.0, camera_reg_units="range",
     camera_reg_weights=(10.0, 3.0, 2.5, 0.25), camera_reg_kimg=2, density_noise_kimg=2, blur_sigma=2.0,
     blur_kimg=1, batch_size=8, loss="relativistic", g_lr=0.006, d_lr=0.0045, lr_decay=0.5, r1_gamma=0.5,
-    metrics="fid1k,nfs64", detector="area8", reals=1024, log_kimg=0.25, batch_gpu=16, workers=1,
+    metrics="fid1k,nfs64", detector="area8", reals=1024, workers=1,
 )
 PRESETS = {
     "tiny": dict(
         SHORT, resolution=32, channel_base=1024, coarse_samples=8, fine_samples=8, adaptor_kimg=50,
-        batch_size=16, g_lr=0.0085, d_lr=0.0064, ema_kimg=0.5, kimg=48, snapshot_kimg=4, metrics_kimg=4,
+        ema_kimg=0.5, kimg=36, snapshot_kimg=4, log_kimg=0.25, metrics_kimg=4,
     ),
     "small": dict(
         SHORT, resolution=64, channel_base=2048, coarse_samples=12, fine_samples=12, adaptor_kimg=200,
-        patch_kimg=50, ema_kimg=1, kimg=100, snapshot_kimg=10, metrics_kimg=10,
+        patch_kimg=50, ema_kimg=1, kimg=100, snapshot_kimg=10, log_kimg=1, metrics_kimg=10,
     ),
     "base": {},
     "imagenet": dict(channel_base=65536, channel_max=1024),

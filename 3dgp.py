@@ -2252,7 +2252,7 @@ def render_views(G, planes, cameras, resolution, dim=1):
 
 @torch.no_grad()
 def write_samples(G, labels, path):
-    """A grid of fixed z and classes: 4 scenes a row, RGB over depth from 4 yaws, mean ± 0.3 rad; 2D: 16"""
+    """A grid of fixed z and classes: 4 scenes a row, RGB over depth from 4 yaws, mean ± 0.3 rad; in 2D 16"""
     scenes, views = (16, 4) if G.cfg.dims == 3 else (64, 1)
     z, _, prior = draw_latents(G.cfg, scenes, labels, "samples")
     c = torch.arange(scenes, device=z.device) % max(1, G.cfg.num_classes)

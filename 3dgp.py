@@ -1922,7 +1922,7 @@ def training_step(run, batch, stats):
     now = schedules(cfg, run.kimg)
     real = real_images(batch, run.labels.device)  # (share, 3 or 4, R, R)
     c = batch["label"].to(real.device)  # (share,)
-    numbers = batch["number"].tolist() if len(run.data) < 32_768 else ()  # features of all: 0.5 GiB
+    numbers = batch["number"].tolist() if len(run.data) < 32_768 else ()  # Teacher.known: 0.5 GiB
     share = cfg.batch_size // WORLD
 
     # Patches are shared by reals and fakes. Each process draws all: distillation needs the mean scale.
@@ -1942,9 +1942,9 @@ def training_step(run, batch, stats):
     w_sum = 0
     passes = [slice(first, first + cfg.batch_gpu) for first in range(0, share, cfg.batch_gpu)]
     for number, part in enumerate(passes, RANK * len(passes)):
-        w, rival = generator_pass(run, real[part], c[part], patches[part], number, weight, stats)
-        photos = real[part], numbers[part], c[part]
-        discriminator_pass(run, *photos, patches[part], rival, scale_mean, weight, stats)
+        patch = patches[part]
+        w, rival = generator_pass(run, real[part], c[part], patch, number, weight, stats)
+        discriminator_pass(run, real[part], numbers[part], c[part], patch, rival, scale_mean, weight, stats)
         w_sum = w_sum + w
     if G.camera_generator:
         seed_draws(train_seed(cfg), run.step, "camera", 0)  # the same draws in every process

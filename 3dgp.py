@@ -39,11 +39,11 @@ import hashlib
 import io
 import itertools
 import json
-import logging
 import math
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -316,8 +316,6 @@ def to_rgb(image):
 def read_depth(content):
     """Depth from the bytes of a gray picture, in its own numbers; NaN where it is transparent -> (H, W)"""
     with Image.open(io.BytesIO(content)) as image:
-        if image.mode.startswith("I;16") and image.getexif().get(262) == 0:  # Pillow minds it in 8 bits alone
-            raise ValueError("a TIFF of which white is 0; save it so that black is")
         image = ImageOps.exif_transpose(image)
         depth = np.atleast_3d(image.convert("RGBA") if image.mode == "P" else image)  # (H, W, 1 to 4)
     if depth.shape[2] > 2 and np.ptp(depth[..., :3], 2).max() > 8:  # lossy files have traces of colour
@@ -383,8 +381,6 @@ def open_zip(path, pid):
     """A zip, opened anew in each process: data workers must not share a file position."""
     archive = zipfile.ZipFile(path)
     members = [member for member in archive.infolist() if not member.is_dir()]  # some are of Windows
-    if any(0 < member.volume < 65535 for member in members):  # the last: by some that write one part
-        raise ValueError("one of several parts; join them first")
     archive.NameToInfo = {os.path.normpath(m.filename.replace("\\", "/")).lstrip("/"): m for m in members}
     return archive
 
@@ -425,7 +421,7 @@ class ImageData:
         return len(self.names)
 
     def list_files(self):
-        """All files, relative to the folder or as the zip has them. Links are followed, not in circles."""
+        """All files, relative to the folder or as the zip has them. Links are followed."""
 
         def refuse(error):
             raise UserError(f"--data {self.source}: neither a folder nor one whole zip file ({error})")
@@ -436,13 +432,11 @@ class ImageData:
             except Exception as e:  # zipfile raises many kinds
                 refuse(e)
 
-        files, seen = [], set()
+        files = []
         for path, folders, members in os.walk(self.source, followlinks=True, onerror=refuse):
-            ours = {"prepared.json", "reals.png"}.intersection(members) and Path(path) != self.source
-            if ours or os.path.realpath(path) in seen:
+            if {"prepared.json", "reals.png"}.intersection(members) and Path(path) != self.source:  # ours
                 folders.clear()
                 continue
-            seen.add(os.path.realpath(path))
             files += [os.path.relpath(os.path.join(path, name), self.source) for name in members]
         return files
 
@@ -475,8 +469,6 @@ class ImageData:
             for name, label in listed:
                 if type(label) is not int or not 0 <= label < 100_000:
                     raise ValueError(f"{name}: class {label!r} is no whole number from 0 to 99,999")
-            if len(dict(listed)) < len(listed):
-                raise ValueError("a file is listed twice")
             folder = Path(listing).parent
             return Names({str(folder / name.replace("\\", "/")): label for name, label in listed})
         except Exception as e:  # whatever a damaged file leads to
@@ -588,7 +580,6 @@ class ShapesData:
         angle = rng.uniform(-1, 1) * (0.6 if SOLIDS[label] == "torus" else math.pi)
         sin, cos = math.sin(angle), math.cos(angle)
         turn = np.array([[cos, 0, sin], [0, 1, 0], [-sin, 0, cos]])
-
         # Checkered ground with a shadow, in fog that at `far` is the sky.
         up = np.clip(rays[:, 1:2] * 1.5 + 0.75, 0, 1)
         sky = np.array([0.78, 0.86, 0.93]) - up * np.array([0.42, 0.31, 0.08])
@@ -679,12 +670,11 @@ class MirroredData:
     data: object
 
     def __getitem__(self, i):
-        item = dict(self.data[i % len(self.data)], number=i)
+        item = self.data[i % len(self.data)]
+        seen = {key: item[key] for key in ("image", "depth") if key in item}
         if i >= len(self.data):
-            item.update({key: item[key].flip(-1) for key in ("image", "depth", "true_depth") if key in item})
-            if "camera" in item:
-                item["camera"] = item["camera"] * torch.tensor([-1, 1, 1, -1, 1, 1])
-        return item
+            seen = {key: x.flip(-1) for key, x in seen.items()}
+        return dict(seen, label=item["label"], number=i)
 
 
 def draw_batches(cfg, n, step, rank, world):
@@ -828,7 +818,6 @@ def compile_custom_ops(device_type):
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(torch.hub.get_dir(), "extensions"))
     library = root / f"3dgp-triplane-{target}-{hashlib.sha256(key).hexdigest()[:16]}.so"
     if not library.exists():
-        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns where no GPU is
         from torch.utils import cpp_extension
 
         say(f"compiling custom_ops.cu for {target}, once", sys.stderr)
@@ -1017,8 +1006,7 @@ def sample_patch(cfg, n, kimg):
 
 def extract_patch(image, patch, resolution):
     """Patches of images, bilinear, by the coordinates `camera_rays` uses. (B, ., H, W) -> (B, ., P, P)"""
-    grid = patch_grid(patch, resolution, image)  # (B, P, P, 2)
-    grid = grid * image.new_tensor([1.0, -1.0])  # in image rows y points down
+    grid = patch_grid(patch, resolution, image) * image.new_tensor([1.0, -1.0])  # in images y points down
     return F.grid_sample(image, grid, align_corners=True)
 
 
@@ -1550,11 +1538,10 @@ class Teacher(nn.Module):
             reason = " ".join(str(e).split())[:200] or type(e).__name__
             raise UserError(f"teacher {name} {weights}: {reason}; see --teacher, --teacher-weights") from None
         self.eval().requires_grad_(False)
-
         data = timm.data.resolve_model_data_config(self.model)
         self.size = data["input_size"][-1]
-        self.register_buffer("mean", torch.tensor(data["mean"]).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(data["std"]).view(3, 1, 1), persistent=False)
+        for name in ("mean", "std"):  # of the colours it was trained with
+            self.register_buffer(name, torch.tensor(data[name]).view(3, 1, 1), persistent=False)
         self.known = {}  # features of images by their numbers in the data
         self.dim = self(torch.zeros(1, 3, 8, 8)).shape[1]  # not num_features: some pool to another width
 
@@ -1830,11 +1817,8 @@ class Averages(dict):
 
     def result(self):
         """-> {name: number or list}, and begins anew"""
-        means = {}
-        for name in sorted(self):
-            mean = torch.stack(self.pop(name)).mean(0)
-            means[name] = mean_over_processes(mean).tolist()
-        return means
+        means = {name: torch.stack(self.pop(name)).mean(0) for name in sorted(self)}
+        return {name: mean_over_processes(mean).tolist() for name, mean in means.items()}
 
 
 def generator_pass(run, real, c_real, patch, number, weight, stats):
@@ -1959,7 +1943,6 @@ def training_step(run, batch, stats):
     run.opt_g.step()
     run.opt_d.step()
     G.mapping_network.w_avg.lerp_(w_mean, 1 - 0.998)  # a part of StyleGAN2's state; nothing here reads it
-    # The moving average's half life grows with the images seen, up to --ema-kimg.
     half_life = min(cfg.ema_kimg * 1000, (run.images + cfg.batch_size) * cfg.ema_rampup)
     beta = 0.5 ** (cfg.batch_size / max(half_life, 1e-8))
     with torch.no_grad():
@@ -1985,12 +1968,31 @@ def choose_device(wanted, precision="tf32"):
     return torch.device("cuda", LOCAL_RANK)
 
 
+def start_second_process(cfg):
+    """On CPUs two processes are faster than twice the threads, above all beside other programs: this one is
+    the first, the other has its command line. None for torchrun, or with OMP_NUM_THREADS. -> [it] or []"""
+    global WORLD
+    threads = torch.get_num_threads() // 2
+    alone = __name__ == "__main__" and {"OMP_NUM_THREADS", "WORLD_SIZE"}.isdisjoint(os.environ)
+    small = cfg.batch_size == 2 * MBSTD_GROUP and choose_device(cfg.device).type == "cpu"
+    if not (alone and small and threads and os.name == "posix"):
+        return []
+    WORLD = 2
+    torch.set_num_threads(threads)
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), WORLD_SIZE="2", RANK="0")
+    env = dict(os.environ, RANK="1", LOCAL_RANK="1", OMP_NUM_THREADS=str(threads))
+    how = dict(preexec_fn=stop_with_parent, start_new_session=True)  # Ctrl-C is for this one
+    return [subprocess.Popen([sys.executable, *sys.argv], env=env, **how)]
+
+
 def join_processes(device, timeout=600):
-    """Meets the other processes; one that does not answer for so many seconds ends the run."""
+    """Waits for the other processes. From then on one that is silent for so many seconds ends the run."""
     if WORLD > 1 and not dist.is_initialized():
         limit = datetime.timedelta(seconds=timeout)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=limit)
-    mean_over_processes(torch.zeros(1, device=device))  # waits: all open checkpoints before one is renamed
+    mean_over_processes(torch.zeros(1, device=device))
 
 
 def append_line(path, entry):
@@ -2108,16 +2110,17 @@ def train(cfg, state=None):
     stop = []
     if "TORCHELASTIC_RUN_ID" in os.environ:  # when torchrun itself is killed, stop too
         stop_with_parent()
+    second = start_second_process(cfg)
     try:
         while trouble := train_until_trouble(cfg, state, stop):
             cfg, state = go_back(cfg, *trouble)
     finally:
-        for worker in torch.multiprocessing.active_children():  # one that hangs would not let the program end
-            worker.kill()
+        for process in torch.multiprocessing.active_children() + second:  # one may hang
+            process.kill()
 
 
 def open_run(cfg, state, stop):
-    """Data, teacher and networks, and what a checkpoint's state holds of them; all processes meet. -> Run"""
+    """Data, teacher and networks, and what a checkpoint's state holds of them. -> Run"""
     share = validate(cfg, WORLD)
     device = choose_device(cfg.device, cfg.precision)
     start = load_start(cfg.init) if cfg.init and not state else None  # before data are prepared for hours
@@ -2125,7 +2128,7 @@ def open_run(cfg, state, stop):
     teacher = Teacher(cfg.teacher, cfg.teacher_weights).to(device) if cfg.teacher != "none" else None
     sizes = dict(num_classes=data.num_classes, teacher_dim=teacher.dim if teacher else 0)
     cfg = replace(cfg, batch_gpu=math.gcd(cfg.batch_gpu, share), **sizes)  # passes divide the share
-    join_processes(device, cfg.timeout)
+    say(f"{cfg.data}: {len(data)} images, {cfg.num_classes} classes; {WORLD} x {device}; {cfg.out}")
     trained = build(cfg, device)
     run = Run(cfg, data, torch.from_numpy(data.labels).to(device), teacher, stop, **trained)
     if state:
@@ -2173,12 +2176,12 @@ def train_until_trouble(cfg, state, stop):  # noqa: C901, PLR0915 (the loop, fro
     if run.images >= total:  # started again after its end
         say(f"{cfg.out}: finished already")
         return None
-
-    say(f"{cfg.data}: {len(run.data)} images, {cfg.num_classes} classes; {WORLD} x {device}; {cfg.out}")
     detector = Detector(cfg.detector, device) if "fid" in cfg.metrics else None
+    join_processes(device, cfg.timeout)  # all have opened their checkpoint, and one may be renamed
     if RANK == 0:
         begin_folder(run)
         snapshot(run)  # even of a run that goes on: its configuration may be another one
+    join_processes(device)  # where the folder cannot be written, none has begun
     reals = detector and running_gaussian(real_parts(cfg, run.data, detector, device, cfg.reals))
     if not state:
         evaluate(run, detector, reals)
@@ -2223,10 +2226,8 @@ def train_until_trouble(cfg, state, stop):  # noqa: C901, PLR0915 (the loop, fro
 
 def to_picture(rgb, depth=(), near=-1, far=1, dim=1):
     """rgb (3, H, W) in [-1, 1]; below it (dim=2: beside) depth (1, H, W), if any -> uint8 (., ., 3)"""
-    parts = [(rgb + 1) / 2]
-    for d in depth:
-        parts.append((d - near).expand_as(rgb) / max(far - near, 1e-6))
-    picture = (torch.cat(parts, dim).clamp(0, 1) * 255).round().byte()
+    shades = [(d - near).expand_as(rgb) / max(far - near, 1e-6) for d in depth]
+    picture = (torch.cat([(rgb + 1) / 2, *shades], dim).clamp(0, 1) * 255).round().byte()
     return picture.permute(1, 2, 0).cpu().numpy()
 
 
@@ -2331,7 +2332,6 @@ def validate(cfg, world):
     require(cfg.coarse_samples >= 3, "--coarse-samples: must be 3 or more")
     require(cfg.near < cfg.far, "--near: must be less than --far")
     parse_metrics(cfg.metrics)
-
     share = cfg.batch_size // world
     size = math.gcd(cfg.batch_gpu, share)  # of a pass
     batch = f"--batch-size {cfg.batch_size}, --batch-gpu {cfg.batch_gpu}"

@@ -71,6 +71,7 @@ def tool(name):
 with_tools = pytest.mark.skipif(not (HERE / "tools").is_dir(), reason="the folder tools/ is not here")
 compiles = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 has_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+two_cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
 slow = pytest.mark.skipif(not os.environ.get("SLOW_TESTS"), reason="takes minutes: set SLOW_TESTS=1")
 
 # ------------------------------------------------------------------------------------------------------------
@@ -392,12 +393,13 @@ def test_shapes_without_distortion_have_their_true_depth():
     assert torch.allclose(item["depth"], normalized, atol=1e-4)
 
 
-def test_the_mirror_image_has_the_mirrored_camera():
+def test_the_mirror_image_has_mirrored_depth_and_no_truth_that_is_not():
     data = m.ShapesData(m.make_config({}))
     item = data[5]
     flipped = m.MirroredData(data)[5 + len(data)]
-    assert torch.equal(flipped["image"], item["image"].flip(-1))
-    assert flipped["camera"][0] == -item["camera"][0]
+    for name in ("image", "depth"):
+        assert torch.equal(flipped.pop(name), item[name].flip(-1))
+    assert flipped == {"label": 5, "number": 5 + len(data)}
 
 
 def test_shapes_depth_agrees_with_its_camera():
@@ -648,13 +650,6 @@ def test_accents_are_matched_however_they_are_written(tmp_path, forms):
     assert data.names == [f"{picture}.jpg"]
     assert any(data.depths)
     assert data.labels.tolist() == [3]
-
-
-def test_a_file_that_is_listed_twice_is_an_error(tmp_path):
-    root = make_folder(tmp_path / "a", classes=("c",), each=1)
-    (root / "dataset.json").write_text(json.dumps({"labels": [["c/0.jpg", 0], ["c/0.jpg", 2]]}))
-    with pytest.raises(m.UserError, match="a file is listed twice"):
-        data_of(root, depth="none")
 
 
 def test_names_that_differ_in_letter_case_alone_keep_their_depth(tmp_path):
@@ -948,21 +943,6 @@ def test_beyond_the_range_of_a_sensor_is_as_far_as_the_farthest():
     metres = np.where(far == 65535, 200_000, far.astype(float))
     metres[29] = 65535
     assert np.array_equal(m.fill_holes(metres), metres)
-
-
-@pytest.mark.parametrize("white", [0, 1])
-def test_tiffs_of_which_white_is_0_are_refused(white):
-    buffer = io.BytesIO()
-    image = PIL.Image.fromarray(np.linspace(900, 60_000, 1200).astype(np.uint16).reshape(30, 40))
-    image.save(buffer, "TIFF", tiffinfo={262: white})
-    content = buffer.getvalue()
-    entry = content.index(b"\x06\x01\x03\x00\x01\x00\x00\x00") + 8  # PhotometricInterpretation, a short
-    content = content[:entry] + bytes([white]) + content[entry + 1 :]
-    if white == 0:
-        with pytest.raises(ValueError, match="white is 0"):
-            m.read_depth(content)
-    else:
-        assert m.read_depth(content)[0, 0] == 900
 
 
 @pytest.mark.parametrize("invert", [False, True])
@@ -2823,26 +2803,13 @@ def test_names_that_cannot_be_written_down_are_refused(tmp_path, capsys):
 
 
 def test_a_part_of_a_zip_is_not_one(tmp_path, capsys):
-    """The last of several parts has the list of all members, and for each the number of the part it is in."""
     content = make_zip(tmp_path / "whole.zip", make_folder(tmp_path / "photos")).read_bytes()
     (tmp_path / "part.z01").write_bytes(content[: len(content) // 2])
-    last = bytearray(content[len(content) // 2 :])
-    entry = last.rindex(b"PK\x01\x02")
-    last[entry + 34] = 1
-    (tmp_path / "part.zip").write_bytes(last)
-    for name in ("part.z01", "part.zip"):
-        status, err = run_main(
-            capsys, "--data", tmp_path / name, "--depth", "none", "--out", tmp_path / "run"
-        )
-        assert status == 2
-        assert "one whole zip file" in err
-
-    # some that write one part do not number it
-    whole = bytearray(content)
-    entry = whole.rindex(b"PK\x01\x02")
-    whole[entry + 34 : entry + 36] = b"\xff\xff"
-    (tmp_path / "whole.zip").write_bytes(whole)
-    assert len(data_of(tmp_path / "whole.zip", depth="none")) == 20
+    status, err = run_main(
+        capsys, "--data", tmp_path / "part.z01", "--depth", "none", "--out", tmp_path / "run"
+    )
+    assert status == 2
+    assert "one whole zip file" in err
 
 
 def test_standard_error_may_be_closed(tmp_path):
@@ -3057,6 +3024,82 @@ def test_one_signal_stops_all_processes(tmp_path):
     b.send_signal(signal.SIGUSR1)
     assert [status for status, _ in end([a, b], 30)] == [0, 0]
     assert checkpoint(tmp_path)["step"] > 0
+
+
+def start_plainly(out, script=SCRIPT, **options):
+    """A run as one types it: no launcher, no OMP_NUM_THREADS."""
+    given = {"OMP_NUM_THREADS", "RANK", "LOCAL_RANK", "WORLD_SIZE"}
+    env = {name: value for name, value in os.environ.items() if name not in given}
+    argv = flags(**{**MICRO, "batch_size": 8, **options}, out=out)
+    how = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, script, *argv], env=env, **how)
+
+
+def processes_of(process):
+    """Those that it has started."""
+    found = subprocess.run(["pgrep", "--parent", str(process.pid)], capture_output=True, text=True)
+    return [int(pid) for pid in found.stdout.split()]
+
+
+def has_ended(pid):
+    """Its parent may be one that does not ask for its status."""
+    stat = Path("/proc", str(pid), "stat")
+    return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+@two_cores
+def test_a_small_batch_is_shared_by_two_processes(tmp_path):
+    """With the result of one process that takes it in two passes, but for rounding."""
+    options = dict(batch_size=8, batch_gpu=4, kimg=0.008)
+    printed, errors = start_plainly(tmp_path / "two", **options).communicate(timeout=120)
+    assert printed.count("2 x cpu") == 1, errors
+    assert printed.count("finished at 0.008 kimg") == 1
+
+    two = flatten(checkpoint(tmp_path / "two")["opt_g"])
+    one = flatten(checkpoint(train_micro(tmp_path / "one", **options))["opt_g"])
+    gradients = [name for name in one if name.endswith("exp_avg")]
+    assert len(gradients) > 20
+    for name in gradients:
+        assert torch.allclose(two[name], one[name], rtol=1e-3, atol=1e-6), name
+
+
+@two_cores
+def test_a_larger_batch_is_not_shared(tmp_path):
+    """It would take more memory, since passes of one process follow each other."""
+    printed, errors = start_plainly(tmp_path, batch_size=16, kimg=0.016).communicate(timeout=120)
+    assert "1 x cpu" in printed, errors
+
+
+@two_cores
+def test_threads_that_the_user_asks_for_are_those_of_one_process(tmp_path):
+    options = flags(**{**MICRO, "batch_size": 8, "kimg": 0.008}, out=tmp_path)
+    env = {**os.environ, "OMP_NUM_THREADS": "2"}
+    printed = subprocess.check_output([sys.executable, SCRIPT, *options], env=env, text=True)
+    assert "1 x cpu" in printed
+
+
+@two_cores
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_the_second_process_ends_with_the_first(tmp_path, signum):
+    process = start_plainly(tmp_path, snapshot_kimg=0.08)
+    wait_for_lines(tmp_path, 12)
+    (second,) = processes_of(process)
+    process.send_signal(signum)
+    process.communicate(timeout=60)  # both hold the pipes
+    wait_for(lambda: has_ended(second), 20)
+    assert process.returncode == (0 if signum == signal.SIGTERM else -signal.SIGKILL)
+    assert checkpoint(tmp_path)["step"] >= 10
+
+
+@two_cores
+def test_the_first_process_says_that_the_second_was_killed(tmp_path):
+    process = start_plainly(tmp_path, timeout=20)
+    wait_for_lines(tmp_path, 3)
+    (second,) = processes_of(process)
+    os.kill(second, signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "process 0 waited in vain" in errors
 
 
 def test_data_that_are_gone_end_the_run(tmp_path, monkeypatch, capsys):

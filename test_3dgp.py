@@ -3079,6 +3079,19 @@ def test_threads_that_the_user_asks_for_are_those_of_one_process(tmp_path):
 
 
 @two_cores
+def test_bad_input_is_one_line_of_two_processes(tmp_path):
+    """The second one, which waits for the first, does not say so."""
+    (tmp_path / "file").touch()
+    process = start_plainly(tmp_path / "file" / "run", metrics="fid8", detector="area8", reals=8)
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "2 x cpu" in printed
+    (line,) = errors.splitlines()
+    assert line.startswith("3dgp.py: error: ")
+    assert "Not a directory" in line
+
+
+@two_cores
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
 def test_the_second_process_ends_with_the_first(tmp_path, signum):
     process = start_plainly(tmp_path, snapshot_kimg=0.08)
@@ -3683,6 +3696,17 @@ def test_training_on_raw_photographs_prepares_them_once(tmp_path, monkeypatch, c
 
     assert len(list(root.iterdir())) == 3
     assert (tmp_path / "one" / "reals.png").exists()
+
+
+@two_cores
+def test_two_processes_prepare_photographs_together(tmp_path, monkeypatch, leres_file):
+    root = make_folder(tmp_path / "data", each=2)
+    monkeypatch.setenv("DATA_DIR", str(tmp_path / "prepared"))
+    process = start_plainly(tmp_path / "run", data=root, depth_weights=leres_file, kimg=0.008)
+    printed, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    assert printed.count(": 4 images in") == 1
+    assert "2 x cpu" in printed
 
 
 def test_a_preparation_that_fails_ends_the_run(tmp_path, monkeypatch, capfd):

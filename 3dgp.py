@@ -237,7 +237,7 @@ def schedules(cfg, kimg):
     )
 
 
-# Which process this is, as torchrun says: of all, of how many, on this machine.
+# Which process this is, as torchrun or start_second_process says: of all, of how many, on this machine.
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
@@ -410,7 +410,6 @@ class ImageData:
         endings = collections.Counter(Path(f).suffix for f in others if Path(f).name not in notes)
         if endings:
             say(f"{source}: not read, by ending: {dict(endings)}")
-
         if cfg.depth != "none" and any(self.depths) and None in self.depths:
             what = f"no depth of {self.depths.count(None)} images, as {self.names[self.depths.index(None)]}"
             raise UserError(f"--data {source}: {what}; make it by lereS_depth.py, or train with --depth none")
@@ -431,7 +430,6 @@ class ImageData:
                 return list(open_zip(self.source, os.getpid()).NameToInfo)
             except Exception as e:  # zipfile raises many kinds
                 refuse(e)
-
         files = []
         for path, folders, members in os.walk(self.source, followlinks=True, onerror=refuse):
             if {"prepared.json", "reals.png"}.intersection(members) and Path(path) != self.source:  # ours
@@ -1922,9 +1920,10 @@ def training_step(run, batch, stats):
 
     # Gradients of G, and of D on what G makes and on photographs, pass by pass; of the camera regulariser.
     G.density_noise = now["density_noise"]
-    weight = cfg.batch_gpu / share
+    size = math.gcd(cfg.batch_gpu, share)  # of a pass
+    weight = size / share
     w_sum = 0
-    passes = [slice(first, first + cfg.batch_gpu) for first in range(0, share, cfg.batch_gpu)]
+    passes = [slice(first, first + size) for first in range(0, share, size)]
     for number, part in enumerate(passes, RANK * len(passes)):
         patch = patches[part]
         w, rival = generator_pass(run, real[part], c[part], patch, number, weight, stats)
@@ -1968,23 +1967,25 @@ def choose_device(wanted, precision="tf32"):
     return torch.device("cuda", LOCAL_RANK)
 
 
-def start_second_process(cfg):
-    """On CPUs two processes are faster than twice the threads, above all beside other programs: this one is
-    the first, the other has its command line. None for torchrun, or with OMP_NUM_THREADS. -> [it] or []"""
+def start_second_process(cfg, device):
+    """On CPUs two processes are faster than one that has all threads. Starts the other one, of the same
+    command line, where half a step is a pass; not under torchrun, or with OMP_NUM_THREADS. -> [it], or []"""
     global WORLD
     threads = torch.get_num_threads() // 2
     alone = __name__ == "__main__" and {"OMP_NUM_THREADS", "WORLD_SIZE"}.isdisjoint(os.environ)
-    small = cfg.batch_size == 2 * MBSTD_GROUP and choose_device(cfg.device).type == "cpu"
-    if not (alone and small and threads and os.name == "posix"):
+    halves = cfg.batch_size == 2 * MBSTD_GROUP <= cfg.batch_gpu
+    if not (alone and halves and threads and device.type == "cpu" and sys.platform == "linux"):
         return []
     WORLD = 2
     torch.set_num_threads(threads)
-    with socket.create_server(("localhost", 0)) as free:
-        port = free.getsockname()[1]
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), WORLD_SIZE="2", RANK="0")
-    env = dict(os.environ, RANK="1", LOCAL_RANK="1", OMP_NUM_THREADS=str(threads))
-    how = dict(preexec_fn=stop_with_parent, start_new_session=True)  # Ctrl-C is for this one
-    return [subprocess.Popen([sys.executable, *sys.argv], env=env, **how)]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
+    os.environ.update(WORLD_SIZE="2", RANK="0", OMP_NUM_THREADS=str(threads), GLOO_SOCKET_IFNAME="lo")
+    env = dict(os.environ, RANK="1", LOCAL_RANK="1")
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the other inherits: Ctrl-C is for this one
+    second = subprocess.Popen([sys.executable, *sys.argv], env=env, preexec_fn=stop_with_parent)
+    signal.signal(signal.SIGINT, before)
+    return [second]
 
 
 def join_processes(device, timeout=600):
@@ -2040,7 +2041,7 @@ def load_checkpoint(*paths):
             what = f"{path}: gone, damaged, or not a checkpoint of this program ({e})"
             if path == paths[-1]:
                 raise UserError(what) from None
-            print(f"3dgp.py: warning: {what}; the checkpoint before it is taken", file=sys.stderr)
+            say(f"3dgp.py: warning: {what}; the checkpoint before it is taken", sys.stderr)
 
 
 def load_start(path):
@@ -2107,12 +2108,11 @@ def go_back(cfg, what, kimg, healthy):
 
 def train(cfg, state=None):
     """The whole run. state: of a checkpoint to go on from. After a divergence it takes an earlier one."""
-    stop = []
+    stop, second = [], []
     if "TORCHELASTIC_RUN_ID" in os.environ:  # when torchrun itself is killed, stop too
         stop_with_parent()
-    second = start_second_process(cfg)
     try:
-        while trouble := train_until_trouble(cfg, state, stop):
+        while trouble := train_until_trouble(cfg, state, stop, second):
             cfg, state = go_back(cfg, *trouble)
     finally:
         for process in torch.multiprocessing.active_children() + second:  # one may hang
@@ -2121,14 +2121,12 @@ def train(cfg, state=None):
 
 def open_run(cfg, state, stop):
     """Data, teacher and networks, and what a checkpoint's state holds of them. -> Run"""
-    share = validate(cfg, WORLD)
+    validate(cfg, WORLD)
     device = choose_device(cfg.device, cfg.precision)
     start = load_start(cfg.init) if cfg.init and not state else None  # before data are prepared for hours
     data = open_data(cfg)
     teacher = Teacher(cfg.teacher, cfg.teacher_weights).to(device) if cfg.teacher != "none" else None
-    sizes = dict(num_classes=data.num_classes, teacher_dim=teacher.dim if teacher else 0)
-    cfg = replace(cfg, batch_gpu=math.gcd(cfg.batch_gpu, share), **sizes)  # passes divide the share
-    say(f"{cfg.data}: {len(data)} images, {cfg.num_classes} classes; {WORLD} x {device}; {cfg.out}")
+    cfg = replace(cfg, num_classes=data.num_classes, teacher_dim=teacher.dim if teacher else 0)
     trained = build(cfg, device)
     run = Run(cfg, data, torch.from_numpy(data.labels).to(device), teacher, stop, **trained)
     if state:
@@ -2168,7 +2166,7 @@ def evaluate(run, detector, reals):
         append_line(Path(cfg.out, "metrics.jsonl"), entry)
 
 
-def train_until_trouble(cfg, state, stop):  # noqa: C901, PLR0915 (the loop, from top to bottom)
+def train_until_trouble(cfg, state, stop, second):  # noqa: C901, PLR0915 (the loop, from top to bottom)
     """-> None at the end, or when `stop` is not empty; on divergence its sign, its kimg, the last good one"""
     run = open_run(cfg, state, stop)
     cfg, device = run.cfg, run.labels.device
@@ -2176,12 +2174,14 @@ def train_until_trouble(cfg, state, stop):  # noqa: C901, PLR0915 (the loop, fro
     if run.images >= total:  # started again after its end
         say(f"{cfg.out}: finished already")
         return None
+    second += start_second_process(cfg, device)
+    say(f"{cfg.data}: {len(run.data)} images, {cfg.num_classes} classes; {WORLD} x {device}; {cfg.out}")
     detector = Detector(cfg.detector, device) if "fid" in cfg.metrics else None
-    join_processes(device, cfg.timeout)  # all have opened their checkpoint, and one may be renamed
+    join_processes(device, cfg.timeout)  # all have opened their checkpoint: from here on one may be renamed
     if RANK == 0:
         begin_folder(run)
         snapshot(run)  # even of a run that goes on: its configuration may be another one
-    join_processes(device)  # where the folder cannot be written, none has begun
+    join_processes(device)  # where the folder cannot be written, process 0 has ended
     reals = detector and running_gaussian(real_parts(cfg, run.data, detector, device, cfg.reals))
     if not state:
         evaluate(run, detector, reals)
@@ -2372,6 +2372,7 @@ def run_program(name, work):
         sys.stdout.reconfigure(errors="replace")
     try:
         work()
+        print(end="", flush=True)  # what tools have not
     except (UserError, OSError) as e:
         status = 2
         if LOCAL_RANK == 0 or dist.is_initialized():  # once per machine, or where it happened
@@ -2385,7 +2386,6 @@ def run_program(name, work):
     except KeyboardInterrupt:  # before there was anything to save
         status = 130
     if dist.is_initialized():  # threads that wait for other processes would abort a normal exit
-        sys.stdout.flush()
         os._exit(status)
     return status
 

@@ -71,7 +71,7 @@ def tool(name):
 with_tools = pytest.mark.skipif(not (HERE / "tools").is_dir(), reason="the folder tools/ is not here")
 compiles = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 has_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-two_cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
+two_cores = pytest.mark.skipif(torch.get_num_threads() < 2, reason="one core, or OMP_NUM_THREADS=1")
 slow = pytest.mark.skipif(not os.environ.get("SLOW_TESTS"), reason="takes minutes: set SLOW_TESTS=1")
 
 # ------------------------------------------------------------------------------------------------------------
@@ -362,9 +362,19 @@ def test_adaptor_choices_follow_the_schedule():
 
 
 @pytest.mark.parametrize("batch_size, batch_gpu, images", [(16, 8, 8), (12, 8, 4), (16, 100, 4), (8, 64, 8)])
-def test_a_pass_has_what_divides_the_share(batch_size, batch_gpu, images):
-    run = m.open_run(micro(num_classes=8, batch_size=batch_size, batch_gpu=batch_gpu), None, [])
-    assert run.cfg.batch_gpu == images
+def test_a_pass_has_what_divides_the_share(tmp_path, monkeypatch, batch_size, batch_gpu, images):
+    real = m.synthesize
+    sizes = set()
+
+    def synthesize(G, z, *rest):
+        sizes.add(len(z))
+        return real(G, z, *rest)
+
+    monkeypatch.setattr(m, "synthesize", synthesize)
+    sizes_given = dict(batch_size=batch_size, batch_gpu=batch_gpu)
+    out = train_micro(tmp_path, **sizes_given, kimg=batch_size / 1000)
+    assert sizes == {images}
+    assert checkpoint(out)["config"]["batch_gpu"] == batch_gpu
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -3050,13 +3060,13 @@ def has_ended(pid):
 @two_cores
 def test_a_small_batch_is_shared_by_two_processes(tmp_path):
     """With the result of one process that takes it in two passes, but for rounding."""
-    options = dict(batch_size=8, batch_gpu=4, kimg=0.008)
-    printed, errors = start_plainly(tmp_path / "two", **options).communicate(timeout=120)
+    printed, errors = start_plainly(tmp_path / "two", kimg=0.008).communicate(timeout=120)
     assert printed.count("2 x cpu") == 1, errors
     assert printed.count("finished at 0.008 kimg") == 1
 
     two = flatten(checkpoint(tmp_path / "two")["opt_g"])
-    one = flatten(checkpoint(train_micro(tmp_path / "one", **options))["opt_g"])
+    out = train_micro(tmp_path / "one", batch_size=8, batch_gpu=4, kimg=0.008)
+    one = flatten(checkpoint(out)["opt_g"])
     gradients = [name for name in one if name.endswith("exp_avg")]
     assert len(gradients) > 20
     for name in gradients:
@@ -3068,6 +3078,23 @@ def test_a_larger_batch_is_not_shared(tmp_path):
     """It would take more memory, since passes of one process follow each other."""
     printed, errors = start_plainly(tmp_path, batch_size=16, kimg=0.016).communicate(timeout=120)
     assert "1 x cpu" in printed, errors
+
+
+@two_cores
+def test_a_small_batch_in_two_passes_is_not_shared(tmp_path):
+    """Who asks for small passes has little memory."""
+    printed, errors = start_plainly(tmp_path, batch_gpu=4, kimg=0.008).communicate(timeout=120)
+    assert "1 x cpu" in printed, errors
+
+
+@two_cores
+@pytest.mark.parametrize("reader", ["head -n 1", "true"])
+def test_the_reader_of_two_processes_may_go(tmp_path, reader):
+    """One line says so, if anything: no traceback of an exit that was not clean."""
+    options = flags(**{**MICRO, "batch_size": 8, "kimg": 0.08}, out=tmp_path)
+    command = shlex.join(["env", "-u", "OMP_NUM_THREADS", sys.executable, str(SCRIPT), *options])
+    done = subprocess.run(f"{command} | {reader}", shell=True, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert "Traceback" not in done.stderr
 
 
 @two_cores
@@ -3699,7 +3726,7 @@ def test_training_on_raw_photographs_prepares_them_once(tmp_path, monkeypatch, c
 
 
 @two_cores
-def test_two_processes_prepare_photographs_together(tmp_path, monkeypatch, leres_file):
+def test_photographs_are_prepared_before_there_are_two_processes(tmp_path, monkeypatch, leres_file):
     root = make_folder(tmp_path / "data", each=2)
     monkeypatch.setenv("DATA_DIR", str(tmp_path / "prepared"))
     process = start_plainly(tmp_path / "run", data=root, depth_weights=leres_file, kimg=0.008)

@@ -1968,8 +1968,8 @@ def choose_device(wanted, precision="tf32"):
 
 
 def start_second_process(cfg, device):
-    """On CPUs two processes are faster than one that has all threads. Starts the other one, of the same
-    command line, where half a step is a pass; not under torchrun, or with OMP_NUM_THREADS. -> [it], or []"""
+    """On CPUs two processes are faster than one with all threads. Starts the other, by the same command line,
+    for steps of two groups in one pass; not under torchrun, or with OMP_NUM_THREADS. -> [it], or []"""
     global WORLD
     threads = torch.get_num_threads() // 2
     alone = __name__ == "__main__" and {"OMP_NUM_THREADS", "WORLD_SIZE"}.isdisjoint(os.environ)

@@ -39,6 +39,7 @@ import hashlib
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import re
@@ -604,10 +605,9 @@ class ShapesData:
         # Shading by the normal, from central differences.
         slopes = [outside(points + s) - outside(points - s) for s in 1e-3 * np.eye(3)]
         shade = 0.4 + 0.6 * np.maximum(turn @ np.array([0, 0.8, 0.6]) @ slopes / 2e-3, 0)
-        # A hue near the class's own, in bands of two tones.
-        hue = label / len(SOLIDS) + rng.normal(0, 0.02)
+        hue = label / len(SOLIDS) + rng.normal(0, 0.02)  # near the class's own
         paint = np.array(colorsys.hsv_to_rgb(hue % 1, 0.85, 1))  # RGB
-        tone = np.where(np.sin(7 * points[:, 1] + 1) > 0, 1.0, 0.55)
+        tone = np.where(np.sin(7 * points[:, 1] + 1) > 0, 1.0, 0.55)  # bands
         color[hit] = (shade * tone)[:, None] * paint
         return color, depth
 
@@ -669,9 +669,8 @@ class MirroredData:
 
     def __getitem__(self, i):
         item = self.data[i % len(self.data)]
-        seen = {key: item[key] for key in ("image", "depth") if key in item}
-        if i >= len(self.data):
-            seen = {key: x.flip(-1) for key, x in seen.items()}
+        flipped = [-1] if i >= len(self.data) else []  # dimensions
+        seen = {key: item[key].flip(flipped) for key in ("image", "depth") if key in item}
         return dict(seen, label=item["label"], number=i)
 
 
@@ -816,6 +815,7 @@ def compile_custom_ops(device_type):
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(torch.hub.get_dir(), "extensions"))
     library = root / f"3dgp-triplane-{target}-{hashlib.sha256(key).hexdigest()[:16]}.so"
     if not library.exists():
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns where no GPU is
         from torch.utils import cpp_extension
 
         say(f"compiling custom_ops.cu for {target}, once", sys.stderr)

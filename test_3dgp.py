@@ -336,7 +336,7 @@ def test_r1_and_the_moving_average_go_by_resolution_and_batch():
         assert chosen(data=data) == pytest.approx((0.2048, 20))
     assert chosen(data="dogs", batch_size=32, resolution=512) == pytest.approx((1.6384, 10))
     assert chosen(data="imagenet", preset="base") == pytest.approx((0.05, 20))
-    assert chosen(data="shapes") == (0.5, 0.5)
+    assert chosen(data="shapes") == (0.5, 2)
     assert chosen(data="dogs", r1_gamma=3.0) == (3.0, 20)
 
 
@@ -3580,7 +3580,7 @@ def test_systems_without_some_signals_are_served():
     gone = "del signal.SIGUSR1, signal.SIGCHLD"
     code = f"import importlib, signal, torch; {gone}; m = importlib.import_module('3dgp')"
     code += "; assert len(m.STOP_SIGNALS) == 2"
-    code += "; list(m.load_batches([dict(image=torch.ones(1))], m.Config(workers=0), [[0]]))"
+    code += "; list(m.load_batches([dict(image=torch.ones(1), label=0)], m.Config(workers=0), [[0]]))"
     subprocess.run([sys.executable, "-c", code], cwd=HERE, check=True)
 
 

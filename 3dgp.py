@@ -421,7 +421,7 @@ class ImageData:
         return len(self.names)
 
     def list_files(self):
-        """All files, relative to the folder or as the zip has them. Links are followed."""
+        """All files, relative to the folder or as the zip has them. Links are followed, not in circles."""
 
         def refuse(error):
             raise UserError(f"--data {self.source}: neither a folder nor one whole zip file ({error})")
@@ -431,11 +431,13 @@ class ImageData:
                 return list(open_zip(self.source, os.getpid()).NameToInfo)
             except Exception as e:  # zipfile raises many kinds
                 refuse(e)
-        files = []
+        files, seen = [], set()
         for path, folders, members in os.walk(self.source, followlinks=True, onerror=refuse):
-            if {"prepared.json", "reals.png"}.intersection(members) and Path(path) != self.source:  # ours
+            ours = {"prepared.json", "reals.png"}.intersection(members) and Path(path) != self.source
+            if ours or os.path.realpath(path) in seen:
                 folders.clear()
                 continue
+            seen.add(os.path.realpath(path))
             files += [os.path.relpath(os.path.join(path, name), self.source) for name in members]
         return files
 
@@ -602,8 +604,7 @@ class ShapesData:
         seen = (distance < 0.02) & (t * size < depth[hit])
         hit, points = hit[seen], points[seen]
         depth[hit] = t[seen] * size
-        # Shading by the normal, from central differences.
-        slopes = [outside(points + s) - outside(points - s) for s in 1e-3 * np.eye(3)]
+        slopes = [outside(points + s) - outside(points - s) for s in 1e-3 * np.eye(3)]  # normals
         shade = 0.4 + 0.6 * np.maximum(turn @ np.array([0, 0.8, 0.6]) @ slopes / 2e-3, 0)
         hue = label / len(SOLIDS) + rng.normal(0, 0.02)  # near the class's own
         paint = np.array(colorsys.hsv_to_rgb(hue % 1, 0.85, 1))  # RGB

@@ -662,6 +662,17 @@ def test_accents_are_matched_however_they_are_written(tmp_path, forms):
     assert data.labels.tolist() == [3]
 
 
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    root = make_folder(tmp_path / "photos", classes=("a", "b"), each=2)
+    elsewhere = make_folder(tmp_path / "elsewhere", classes=("c",), each=2)
+    (root / "c").symlink_to(elsewhere / "c")
+    for name in ("one", "two"):  # of which each leads to both
+        (root / name).symlink_to(".")
+    data = data_of(root, depth="none")
+    assert len(data.names) == 6
+    assert data.num_classes == 3
+
+
 def test_names_that_differ_in_letter_case_alone_keep_their_depth(tmp_path):
     ramp = np.tile(np.linspace(0, 255, 40).astype(np.uint8), (30, 1))
     for name, depth in (("a", ramp), ("A", ramp[:, ::-1])):

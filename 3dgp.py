@@ -431,14 +431,13 @@ class ImageData:
                 return list(open_zip(self.source, os.getpid()).NameToInfo)
             except Exception as e:  # zipfile raises many kinds
                 refuse(e)
-        files, seen = [], set()
+        files = []
         for path, folders, members in os.walk(self.source, followlinks=True, onerror=refuse):
             ours = {"prepared.json", "reals.png"}.intersection(members) and Path(path) != self.source
-            if ours or os.path.realpath(path) in seen:
+            if ours or any(map(Path(path).samefile, Path(path).parents)):
                 folders.clear()
                 continue
-            seen.add(os.path.realpath(path))
-            files += [os.path.relpath(os.path.join(path, name), self.source) for name in members]
+            files += [str(Path(path, name).relative_to(self.source)) for name in members]
         return files
 
     def read_labels(self, files):

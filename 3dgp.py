@@ -183,7 +183,7 @@ PRESETS = {
     ),
     "small": dict(
         SHORT, resolution=64, channel_base=2048, coarse_samples=12, fine_samples=12, adaptor_kimg=200,
-        patch_kimg=50, ema_kimg=1, kimg=100, snapshot_kimg=10, log_kimg=1, metrics_kimg=10,
+        patch_kimg=50, ema_kimg=4, kimg=150, snapshot_kimg=10, log_kimg=1, metrics_kimg=10,
     ),
     "base": {},
     "imagenet": dict(channel_base=65536, channel_max=1024),

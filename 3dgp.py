@@ -434,7 +434,7 @@ class ImageData:
         files = []
         for path, folders, members in os.walk(self.source, followlinks=True, onerror=refuse):
             ours = {"prepared.json", "reals.png"}.intersection(members) and Path(path) != self.source
-            if ours or any(map(Path(path).samefile, Path(path).parents)):
+            if ours or any(map(Path(path).samefile, Path(path).parents)):  # a link in a circle
                 folders.clear()
                 continue
             files += [str(Path(path, name).relative_to(self.source)) for name in members]
@@ -603,7 +603,7 @@ class ShapesData:
         seen = (distance < 0.02) & (t * size < depth[hit])
         hit, points = hit[seen], points[seen]
         depth[hit] = t[seen] * size
-        slopes = [outside(points + s) - outside(points - s) for s in 1e-3 * np.eye(3)]  # normals
+        slopes = [outside(points + s) - outside(points - s) for s in 1e-3 * np.eye(3)]  # as the normal
         shade = 0.4 + 0.6 * np.maximum(turn @ np.array([0, 0.8, 0.6]) @ slopes / 2e-3, 0)
         hue = label / len(SOLIDS) + rng.normal(0, 0.02)  # near the class's own
         paint = np.array(colorsys.hsv_to_rgb(hue % 1, 0.85, 1))  # RGB
@@ -2115,7 +2115,7 @@ def train(cfg, state=None):
         while trouble := train_until_trouble(cfg, state, stop, second):
             cfg, state = go_back(cfg, *trouble)
     finally:
-        for process in torch.multiprocessing.active_children() + second:  # one may hang
+        for process in torch.multiprocessing.active_children() + second:  # if one hangs, so would this
             process.kill()
 
 
@@ -2372,7 +2372,7 @@ def run_program(name, work):
         sys.stdout.reconfigure(errors="replace")
     try:
         work()
-        print(end="", flush=True)  # what tools have not
+        print(end="", flush=True)  # tools print without: os._exit below would lose that
     except (UserError, OSError) as e:
         status = 2
         if LOCAL_RANK == 0 or dist.is_initialized():  # once per machine, or where it happened

@@ -190,6 +190,13 @@ class Stub(torch.nn.Module):
         return (3 * features[:, :5]).softmax(1)
 
 
+@pytest.fixture(autouse=True)
+def leave_no_files(tmp_path):
+    """The checkpoints of all tests together take gigabytes, and pytest keeps what its last three runs left."""
+    yield
+    shutil.rmtree(tmp_path, ignore_errors=True)
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run of a few steps; stub.pt beside it is a detector."""

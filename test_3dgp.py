@@ -192,7 +192,7 @@ class Stub(torch.nn.Module):
 
 @pytest.fixture(autouse=True)
 def leave_no_files(tmp_path):
-    """The checkpoints of all tests together take gigabytes, and pytest keeps what its last three runs left."""
+    """The checkpoints of all tests together take gigabytes, and pytest keeps those of three runs."""
     yield
     shutil.rmtree(tmp_path, ignore_errors=True)
 

@@ -179,7 +179,7 @@ SHORT = dict(
 PRESETS = {
     "tiny": dict(
         SHORT, resolution=32, channel_base=1024, coarse_samples=8, fine_samples=8, adaptor_kimg=50,
-        ema_kimg=2, kimg=36, snapshot_kimg=4, log_kimg=0.25, metrics_kimg=4,
+        ema_kimg=2, kimg=42, snapshot_kimg=4, log_kimg=0.25, metrics_kimg=4,
     ),
     "small": dict(
         SHORT, resolution=64, channel_base=2048, coarse_samples=12, fine_samples=12, adaptor_kimg=200,

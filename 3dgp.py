@@ -88,7 +88,7 @@ class Config:
     out: str = opt("", "run folder (empty: runs/<data>)")
     preset: str = opt("", "model size (empty: the one for --data)", "tiny", "small", "base", "imagenet")
     resume: str = opt("", "a checkpoint, or 'latest' of --out, or 'auto': that if any, else a new run")
-    init: str = opt("", "fine-tuning: a new run begins with the networks of this finished run, or checkpoint")
+    init: str = opt("", "fine-tuning: begins with the networks of this run, checkpoint or published folder")
     seed: int = opt(0, "all draws of a run are a function of this, the step and the pass")
     device: str = opt("auto", "auto takes the GPU if there is one", "auto", "cuda", "cpu")
     workers: int = opt(4, "data loading processes per training process (0: load in the training process)")
@@ -615,7 +615,7 @@ class ShapesData:
         """What a monocular estimator might say. True depth (1, R, R) -> float32 (1, R, R) in [-1, 1]"""
         k, R = self.cfg.depth_distortion, self.cfg.resolution
         pad = R // 8
-        power = 1 + k * (rng.uniform(0.5, 1.1) - 1)
+        power = max(0.05, 1 + k * (rng.uniform(0.5, 1.1) - 1))
         d = to_unit(depth) ** power
         error = torch.from_numpy(rng.normal(0, 0.04 * k, (1, 1, 4, 4)))
         d = d + F.interpolate(error, (R, R), mode="bicubic", align_corners=True)  # (1, 1, R, R)
@@ -720,7 +720,7 @@ def load_batches(data, cfg, indices):
 
 
 def normalize_2nd_moment(x):
-    return x * (x.square().mean(dim=1, keepdim=True) + 1e-8).rsqrt()
+    return x * (x.square().mean(1, keepdim=True) + 1e-8).rsqrt()
 
 
 def one_hot(c, num_classes, dtype):
@@ -740,7 +740,7 @@ class Linear(nn.Module):
     def __init__(self, in_features, out_features, activation=None, lr_mult=1.0, bias_init=0.0):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_features, in_features) / lr_mult)
-        self.bias = nn.Parameter(torch.full((out_features,), float(bias_init)))
+        self.bias = nn.Parameter(torch.zeros(out_features) + bias_init)
         self.activation = activation
         self.scale = lr_mult * GAIN[activation]
 
@@ -962,15 +962,15 @@ def cam2world(camera):
     forward = F.normalize(look_at - origin)  # (B, 3)
     left = F.normalize(torch.linalg.cross(origin.new_tensor([[0.0, 1.0, 0.0]]), forward))
     up = F.normalize(torch.linalg.cross(forward, left))
-    top = torch.stack([-left, up, -forward, origin], dim=2)  # (B, 3, 4)
+    top = torch.stack([-left, up, -forward, origin], 2)  # (B, 3, 4)
     bottom = origin.new_tensor([0.0, 0.0, 0.0, 1.0]).expand(len(origin), 1, 4)  # (B, 1, 4)
-    return torch.cat([top, bottom], dim=1)
+    return torch.cat([top, bottom], 1)
 
 
 def patch_grid(patch, resolution, like):
     """Pixels of len(like) images or patches, corners included: x right, y up, in [-1, 1]. -> (B, H, W, 2)"""
     line = torch.linspace(-1, 1, resolution, device=like.device)
-    xy = torch.stack(torch.meshgrid(line, -line, indexing="xy"), dim=-1)  # (H, W, 2)
+    xy = torch.stack(torch.meshgrid(line, -line, indexing="xy"), -1)  # (H, W, 2)
     xy = xy.expand(len(like), -1, -1, -1)
     if patch is None:
         return xy
@@ -1017,7 +1017,7 @@ class CameraAdaptor(nn.Module):
         self.project_params = layer(in_features, 256)
         self.project_z = layer(z_dim, 16) if z_dim else None
         self.project_c = layer(num_classes, 16) if num_classes else None
-        width = 256 + 16 * bool(z_dim) + 16 * bool(num_classes)
+        width = 256 + 16 * (bool(z_dim) + bool(num_classes))
         self.main = nn.Sequential(layer(width, 256), Linear(256, out_features, lr_mult=lr_mult))
 
     def forward(self, params, z, c):
@@ -1800,7 +1800,7 @@ def build(cfg, device):
     G = Generator(cfg).to(device)
     D = Discriminator(cfg).to(device)
     G_ema = copy.deepcopy(G).eval().requires_grad_(False)
-    ratio = cfg.r1_interval / (cfg.r1_interval + 1)  # makes up for R1, which is added at few steps alone
+    ratio = cfg.r1_interval / (cfg.r1_interval + 1)  # as published, where R1 is one more step
     opt_g = torch.optim.Adam(G.parameters(), cfg.g_lr, (0.0, 0.99), fused=True)
     opt_d = torch.optim.Adam(D.parameters(), cfg.d_lr * ratio, (0.0, 0.99**ratio), fused=True)
     return dict(G=G, D=D, G_ema=G_ema, opt_g=opt_g, opt_d=opt_d)
@@ -1911,8 +1911,7 @@ def training_step(run, batch, stats):
     seed_draws(train_seed(cfg), run.step, "patches", 0)
     patches = sample_patch(cfg, cfg.batch_size, run.kimg)  # of the whole batch
     scale_mean = float(patches[:, 0].mean())
-    own = slice(RANK * share, (RANK + 1) * share)
-    patches = patches[own].to(real.device)
+    patches = patches.split(share)[RANK].to(real.device)  # of this process
 
     for adam in (run.opt_g, run.opt_d):
         adam.param_groups[0]["lr"] = adam.defaults["lr"] * now["lr_factor"]  # defaults: as `build` set it
@@ -1953,8 +1952,9 @@ def training_step(run, batch, stats):
 def choose_device(wanted, precision="tf32"):
     """wanted: as --device. -> torch.device, with PyTorch set up for it"""
     gpus = torch.cuda.device_count() if wanted != "cpu" and torch.cuda.is_available() else 0
-    if gpus <= LOCAL_RANK and (gpus or wanted == "cuda"):
-        raise UserError(f"--device {wanted}: no GPU for process {LOCAL_RANK}, {gpus} found; try cpu")
+    needed = int(os.environ.get("LOCAL_WORLD_SIZE", LOCAL_RANK + 1))
+    if gpus < needed and (gpus or wanted == "cuda"):
+        raise UserError(f"--device {wanted}: {needed} processes need a GPU each, {gpus} found; try cpu")
     if not gpus:
         # glibc: freed memory stays with the process, since new pages cost more than the arithmetic on them.
         with contextlib.suppress(OSError, AttributeError, TypeError):
@@ -2294,9 +2294,8 @@ def parse_options(options, prog, description, argv=None, positional=()):
     return vars(parser.parse_args(argv))
 
 
-POSITIVE = {"batch_size", "triplane_features", "channel_base", "channel_max", "adaptor_channels", "z_dim"}
-POSITIVE |= {"w_dim", "fine_samples", "box", "r1_interval", "patch_beta", "timeout"}
-POSITIVE |= {"kimg", "snapshot_kimg", "log_kimg", "metrics_kimg"}
+POSITIVE = "batch_size triplane_features channel_base channel_max adaptor_channels z_dim w_dim fine_samples"
+POSITIVE += " box r1_interval patch_beta timeout kimg snapshot_kimg log_kimg metrics_kimg"
 
 
 def validate(cfg, world):
@@ -2315,7 +2314,7 @@ def validate(cfg, world):
         least = numbers.min(initial=math.inf)
         require(np.isfinite(numbers).all(), f"{flag}: not a finite number")
         require(least >= 0 or name == "prior_yaw", f"{flag}: must not be negative")
-        require(least > 0 or name not in POSITIVE, f"{flag} {value}: must be positive")
+        require(least > 0 or name not in POSITIVE.split(), f"{flag} {value}: must be positive")
         if name.startswith("prior_"):
             require(value[0] < value[1], f"{flag}: the first number must be less than the second")
         if name.endswith("resolution"):
@@ -2354,8 +2353,9 @@ def resolve(given):
         return make_config({**given, "out": str(out), "resume": "auto" if taken else ""}), None
     path, saved, state = load_checkpoint(out if resume in ("latest", "auto") else resume)
     cfg = replace(saved, **{"out": str(path.parent), **given, "resume": str(path)})
-    if cfg.preset != saved.preset:
-        raise UserError(f"--preset {cfg.preset}: {path} is of {saved.preset}; start a new run")
+    for name in ("preset", "mapping_lr_mult", "camera_lr_mult"):  # the last two scale stored weights
+        if getattr(cfg, name) != getattr(saved, name):
+            raise UserError(f"--{name.replace('_', '-')}: {path} has {getattr(saved, name)}; start a new run")
     if Path(cfg.out, "config.json").exists() and not path.parent.samefile(cfg.out):
         raise UserError(f"--out {cfg.out}: holds another run than {path}; name another folder")
     if cfg.data != saved.data and "out" not in given:

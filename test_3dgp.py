@@ -410,6 +410,13 @@ def test_shapes_without_distortion_have_their_true_depth():
     assert torch.allclose(item["depth"], normalized, atol=1e-4)
 
 
+def test_shapes_however_distorted_have_depth_everywhere():
+    cfg = dataclasses.replace(m.make_config({}), depth_distortion=4.0)
+    data = m.ShapesData(cfg)
+    for i in range(16):
+        assert data[i]["depth"].isfinite().all()
+
+
 def test_the_mirror_image_has_mirrored_depth_and_no_truth_that_is_not():
     data = m.ShapesData(m.make_config({}))
     item = data[5]
@@ -3607,8 +3614,17 @@ def test_no_gpu_when_asked_for_one(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # one that its driver does not serve
     status, err = run_main(capsys, "--device", "cuda", "--out", tmp_path / "out")
     assert status == 2
-    assert "no GPU" in err
+    assert "need a GPU each, 0 found" in err
     assert m.choose_device("auto") == torch.device("cpu")
+
+
+def test_fewer_gpus_than_processes(monkeypatch):
+    """The first process says it: what only the others knew, nobody would print."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(m.UserError, match="2 processes need a GPU each, 1 found"):
+        m.choose_device("auto")
 
 
 def test_batch_that_does_not_fit_the_processes():
@@ -3619,8 +3635,10 @@ def test_batch_that_does_not_fit_the_processes():
 def test_what_does_not_fit_a_checkpoint_is_refused(tmp_path, capsys):
     out = train_micro(tmp_path / "run", kimg=0.016)
     config = (out / "config.json").read_bytes()
-    for change, message in ((("--z-dim", 16), "do not fit"), (("--preset", "small"), "start a new run")):
-        status, err = run_main(capsys, "--resume", "latest", "--out", out, *change)
+    changes = {"--z-dim": (16, "do not fit"), "--preset": ("small", "start a new run")}
+    changes["--camera-lr-mult"] = (0.5, "has 1.0; start a new run")  # the weights are stored divided by it
+    for flag, (value, message) in changes.items():
+        status, err = run_main(capsys, "--resume", "latest", "--out", out, flag, value)
         assert status == 2
         assert message in err
     assert (out / "config.json").read_bytes() == config
@@ -4992,6 +5010,7 @@ def test_a_card_says_what_was_measured_and_nothing_in_it_is_markup(run, tmp_path
     assert cells[0][2].startswith("area8")
     assert cells[0][4].startswith("512 images of a")
     assert cells[1][2] == "Inception"
+    assert cells[1][4].startswith("64 images of a")  # which is all that kid64 takes
     assert {len(row) for row in cells} == {5}
     assert "At 0.048 kimg" in card.text
     assert not re.search(r"(?<!\\)<|^# head|^license: mit", card.text, re.MULTILINE)
@@ -5326,6 +5345,11 @@ def test_a_table_has_means_deviations_and_when_the_baseline_was_reached(tmp_path
         "| fourth | - | not reached | claim of fourth (1 runs diverged) |",
     ]
 
+    # A run that was killed in its first measurement lacks that of the untrained generator, no other.
+    path = second[1].folder / "metrics.jsonl"
+    path.write_text(path.read_text().partition("\n")[2])
+    assert [kimg for kimg, _, _ in tool("ablate").mean_curve(second)] == [1, 2, 3]
+
     # The line of the second one lies below that of the first.
     pixels = np.asarray(tool("ablate").draw_curves(by_variant)).astype(int)
     blue, red = (np.abs(pixels - color).sum(2) < 30 for color in ([37, 99, 235], [220, 38, 38]))
@@ -5463,6 +5487,8 @@ def test_evaluate_on_two_processes_gives_what_one_gives(run, capsys, tmp_path):
     cameras = {"camera_w1_posterior", "camera_w1_prior"}
     depths = {"depth_error_raw", "depth_error_render", "depth_error_adapted"}
     assert one.keys() >= cameras | depths
+    printed = re.search(r"camera_w1_posterior(( [\d.e-]+){6})\n", capsys.readouterr().out)
+    assert [float(x) for x in printed[1].split()] == pytest.approx(one["camera_w1_posterior"], rel=1e-3)
 
     # The field's own file, by whose name it is known: its numbers have no label.
     inception = tmp_path / "inception-2015-12-05.pt"

@@ -336,8 +336,8 @@ def evaluate_checkpoint(given):
     path.parent.mkdir(exist_ok=True)  # there is none yet for a model of the Hub
     tdgp.append_line(path.with_name("metrics.jsonl"), entry)
     for name, value in found.items():
-        if isinstance(value, float):
-            print(f"{kimg:g} kimg: {name} {value:.4g}")
+        values = value if isinstance(value, list) else [value]  # of a camera: its six parameters
+        print(f"{kimg:g} kimg: {name}", *(f"{x:.4g}" for x in values))
 
 
 def main(argv=None):

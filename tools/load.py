@@ -42,7 +42,7 @@ def open_generator(resume, device="auto"):
         G.load_state_dict(state)  # bf16 becomes float32 here
     except Exception:  # damaged, or of another version
         raise refusal(path, "of networks that do not fit") from None
-    return G.to(tdgp.choose_device(device)).eval().requires_grad_(False), path, kimg
+    return G.to(tdgp.choose_device(device, cfg.precision)).eval().requires_grad_(False), path, kimg
 
 
 def open_published(folder, place):

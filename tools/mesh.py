@@ -25,7 +25,7 @@ def query(G, planes, points):
 
 
 def density_grid(G, planes, camera, n):
-    """Densities where the camera's rays come, between near and far, else 0. -> (n, n, n) by x, y, z, CPU"""
+    """Densities as far from the camera as rays go, from near to far, else 0. -> (n, n, n) by x, y, z, CPU"""
     cfg = G.cfg
     line = torch.linspace(-cfg.box, cfg.box, n, device=planes.device)
     origin = tdgp.cam2world(camera)[:, :3, 3]  # (1, 3)

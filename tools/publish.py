@@ -205,8 +205,8 @@ def metric_line(key, value, row):
     if detector == "area8]":
         by = "area8: 8x8 averages of colour and depth; no FID of Inception's"
     data = plain(Path(str(row.get("data"))).name)
-    reals = plain(row.get("reals") or "all")
-    return f"| {what} | {by} | {n:,} | {reals} images of {data} |\n"
+    reals = min(n, row.get("reals") or n) if kind in ("kid", "precision", "recall") else row.get("reals")
+    return f"| {what} | {by} | {n:,} | {plain(reals or 'all')} images of {data} |\n"
 
 
 CARD = """---

@@ -1913,8 +1913,8 @@ def training_step(run, batch, stats):
     scale_mean = float(patches[:, 0].mean())
     patches = patches.split(share)[RANK].to(real.device)  # of this process
 
-    for adam in (run.opt_g, run.opt_d):
-        adam.param_groups[0]["lr"] = adam.defaults["lr"] * now["lr_factor"]  # defaults: as `build` set it
+    for adam in (run.opt_g, run.opt_d):  # by the options, not by those of a checkpoint
+        adam.param_groups[0].update(adam.defaults, lr=adam.defaults["lr"] * now["lr_factor"])
         adam.zero_grad()
 
     # Gradients of G, and of D on what G makes and on photographs, pass by pass; of the camera regulariser.

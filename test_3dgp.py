@@ -2721,6 +2721,13 @@ def test_a_damaged_newest_checkpoint_is_skipped(tmp_path, capsys):
     assert checkpoint(out)["step"] == 4
 
 
+def test_optimisers_follow_the_options_of_a_resumed_run(tmp_path):
+    out = train_micro(tmp_path / "run", kimg=0.016)
+    assert m.main(["--resume", "latest", "--out", str(out), "--kimg", "0.032", "--r1-interval", "4"]) == 0
+    group = checkpoint(out)["opt_d"]["param_groups"][0]
+    assert group["betas"][1] == pytest.approx(0.99 ** (4 / 5))
+
+
 class Evil:
     """What a pickle of it does when it is loaded: it makes a file."""
 

@@ -3642,8 +3642,11 @@ def test_batch_that_does_not_fit_the_processes():
 def test_what_does_not_fit_a_checkpoint_is_refused(tmp_path, capsys):
     out = train_micro(tmp_path / "run", kimg=0.016)
     config = (out / "config.json").read_bytes()
-    changes = {"--z-dim": (16, "do not fit"), "--preset": ("small", "start a new run")}
-    changes["--camera-lr-mult"] = (0.5, "has 1.0; start a new run")  # the weights are stored divided by it
+    changes = {
+        "--z-dim": (16, "do not fit"),
+        "--preset": ("small", "start a new run"),
+        "--camera-lr-mult": (0.5, "has 1.0; start a new run"),  # the weights are stored divided by it
+    }
     for flag, (value, message) in changes.items():
         status, err = run_main(capsys, "--resume", "latest", "--out", out, flag, value)
         assert status == 2

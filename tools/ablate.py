@@ -200,7 +200,7 @@ def mean_curve(trials):
     for seed, trial in enumerate(trials):
         rows = read_rows(trial.folder / "metrics.jsonl")
         names = [name for name in rows[0] if name.startswith("fid")] if rows else []
-        for row in rows:
+        for row in rows:  # that at 0 kimg is of the untrained generator
             if names and row.get("kimg", 0) > 0 and 0 < row.get(names[0], 0) < math.inf:
                 values.setdefault(row["kimg"], {})[seed] = row[names[0]]  # the last of a kimg
     curve = []

@@ -166,10 +166,7 @@ def plain(text):
     return re.sub(r"([\\`*_\[\]<>#|~$&])", r"\\\1", text)
 
 
-METRICS_HEAD = """
-| metric | value | compared by | samples | with |
-| --- | --- | --- | --- | --- |
-"""
+METRICS_HEAD = "\n| metric | value | compared by | samples | with |\n| --- | --- | --- | --- | --- |\n"
 
 
 def metrics_table(path, kimg):
@@ -205,8 +202,10 @@ def metric_line(key, value, row):
     if detector == "area8]":
         by = "area8: 8x8 averages of colour and depth; no FID of Inception's"
     data = plain(Path(str(row.get("data"))).name)
-    reals = min(n, row.get("reals") or n) if kind in ("kid", "precision", "recall") else row.get("reals")
-    return f"| {what} | {by} | {n:,} | {plain(reals or 'all')} images of {data} |\n"
+    reals = row.get("reals") or "all"
+    if kind in ("kid", "precision", "recall"):  # which take as many as samples, at most
+        reals = min(n, row.get("reals") or n)
+    return f"| {what} | {by} | {n:,} | {plain(reals)} images of {data} |\n"
 
 
 CARD = """---

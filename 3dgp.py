@@ -455,8 +455,7 @@ class ImageData:
             self.classes = tops.tolist()
             table = Names(dict(zip(deeper, numbers, strict=True)))
             if folders:
-                what = "if they are parts of one set, give one of them as --data"
-                say(f"{len(tops)} classes: {', '.join(tops[:9])}; {what}")
+                say(f"{len(tops)} classes: {', '.join(tops[:9])}; if parts of one set, give one as --data")
         unlabelled = [name for name in self.names if table[name] is None]
         if table and unlabelled:
             raise UserError(f"--data {self.source}: {len(unlabelled)} without a class, first {unlabelled[0]}")
@@ -715,8 +714,7 @@ def load_batches(data, cfg, indices):
 
 
 # ---- Ops ---------------------------------------------------------------------------------------------------
-# Equalised layers (StyleGAN2, Karras et al. 2020): weights have unit variance and are scaled when used, so
-# that Adam's steps are alike in all. FIR resampling. The tri-plane lookup (EG3D, Chan et al. 2022).
+# Equalised layers, FIR resampling (StyleGAN2, Karras et al. 2020); tri-plane lookup (EG3D, Chan et al. 2022).
 
 
 def normalize_2nd_moment(x):
@@ -862,8 +860,7 @@ def call_custom_ops(planes, points, box, decoder, *rest):
     if planes.stride(2) != 1:  # the channels of a pixel must be adjacent in memory
         planes = planes.movedim(2, 4).contiguous().movedim(4, 2)
     tensors = [planes, *(t.contiguous() for t in others)]
-    strides = [planes.stride(i) for i in (0, 1, 3, 4)]
-    size = (ctypes.c_int64 * 8)(B, points.shape[1], C, T, *strides)
+    size = (ctypes.c_int64 * 9)(B, points.shape[1], C, T, *planes.stride())
     pointers = (ctypes.c_void_p * 8)(*(t.data_ptr() for t in tensors))
     with torch.cuda.device_of(planes):  # does nothing on a CPU
         context = torch.cuda.current_stream().cuda_stream if planes.is_cuda else torch.get_num_threads()
@@ -902,8 +899,7 @@ triplane = Triplane.apply  # (planes, points, box, decoder) -> (B, N, C) or (B, 
 
 
 # ---- Camera ------------------------------------------------------------------------------------------------
-# "Ball in sphere" (paper section 3.2): a camera stands on a sphere and looks at a point of a smaller one.
-# The camera generator turns draws of a wide prior into the cameras of the data. Rays; patches of the image.
+# "Ball in sphere" (paper section 3.2): from a wide prior to the cameras of the data. Rays; patches of images.
 
 
 class Camera(typing.NamedTuple):
@@ -982,7 +978,7 @@ def camera_rays(camera, resolution, patch=None):
     """One ray per pixel, rows from the top. -> origins, unit directions (B, resolution², 3) in world units"""
     pose = cam2world(camera)  # (B, 4, 4)
     xy = patch_grid(patch, resolution, pose).flatten(1, 2)  # (B, R, 2)
-    focal = 1 / (camera.fov * (math.pi / 360)).tan()  # (B,)
+    focal = 1 / (camera.fov.deg2rad() / 2).tan()  # (B,)
     z = -focal.view(-1, 1, 1).expand(-1, xy.shape[1], 1)  # (B, R, 1)
     in_camera = F.normalize(torch.cat([xy, z], 2), dim=2)  # (B, R, 3)
     directions = in_camera @ pose[:, :3, :3].transpose(1, 2)  # (B, R, 3)
@@ -1088,8 +1084,7 @@ def camera_gradient_penalty(camera_generator, prior, z, c):
 def stratified_depths(near, far, shape, samples, random, device):
     """Depths of the coarse samples: one in each interval between midpoints of an even grid. -> (*shape, S)"""
     grid = torch.linspace(near, far, samples, device=device)  # (S,)
-    middles = (grid[1:] + grid[:-1]) / 2  # (S-1,)
-    edges = torch.cat([grid[:1], middles, grid[-1:]])  # (S+1,)
+    edges = torch.cat([grid[:1], (grid[1:] + grid[:-1]) / 2, grid[-1:]])  # (S+1,)
     size = (*shape, samples)
     u = torch.rand(size, device=device) if random else torch.full(size, 0.5, device=device)
     return edges[:-1] + edges.diff() * u
@@ -1420,8 +1415,7 @@ def synthesize(G, z, c, prior, choice, patch=None):
 
 
 # ---- Discriminator -----------------------------------------------------------------------------------------
-# StyleGAN2's, on patches, told which patch it sees, with a second head that predicts a frozen classifier's
-# features of the whole image (paper section 3.4); and that classifier, the teacher.
+# StyleGAN2's, on patches, with a second head for what a frozen classifier, the teacher, sees (section 3.4).
 
 
 class PatchEncoder(nn.Module):
@@ -1474,10 +1468,8 @@ class DiscriminatorEpilogue(nn.Module):
         self.conv = Conv2d(in_channels + 1, in_channels, 3, leaky_relu)
         self.fc = Linear(in_channels * 16, in_channels, leaky_relu)
         self.out = Linear(in_channels, in_channels)
-        self.feat_out = None
-        if teacher_dim:
-            hidden = Linear(in_channels * 16, in_channels, leaky_relu)
-            self.feat_out = nn.Sequential(hidden, Linear(in_channels, teacher_dim))
+        hidden = Linear(in_channels * 16, in_channels, leaky_relu)
+        self.feat_out = nn.Sequential(hidden, Linear(in_channels, teacher_dim)) if teacher_dim else None
 
     def forward(self, x):
         """(B, C, 4, 4) -> (B, C), (B, teacher_dim) or None"""
@@ -1521,8 +1513,8 @@ class Discriminator(nn.Module):
 
 
 class Teacher(nn.Module):
-    """A frozen timm classifier. Whole images in [-1, 1], (B, 3 or 4, H, W) -> pooled features (B, dim), known
-    by the images' numbers, if given. weights: a state dict's file, or timm downloads them; else UserError"""
+    """A frozen timm classifier. Whole images in [-1, 1], (B, 3 or 4, H, W) -> pooled features (B, dim).
+    weights: a state dict's file, or timm downloads them; else UserError"""
 
     def __init__(self, name, weights=""):
         super().__init__()
@@ -1540,18 +1532,27 @@ class Teacher(nn.Module):
         self.size = data["input_size"][-1]
         for name in ("mean", "std"):  # of the colours it was trained with
             self.register_buffer(name, torch.tensor(data[name]).view(3, 1, 1), persistent=False)
-        self.known = {}  # features of images by their numbers in the data
+        self.known = None  # see keep
         self.dim = self(torch.zeros(1, 3, 8, 8)).shape[1]  # not num_features: some pool to another width
 
+    def keep(self, path, count):
+        """From now on features of images, by their numbers below count, are computed once, and kept in a file
+        that processes share; of many images as half floats, to which they then are rounded in any case."""
+        kind = torch.float32 if count <= 65_536 else torch.float16
+        table = torch.from_file(str(path), True, count * (self.dim + 1), dtype=kind)  # zeros, at first
+        self.features, self.known = table.view(count, -1).split(self.dim, 1)  # (count, dim), (count, 1)
+
     @torch.no_grad()
-    def forward(self, image, numbers=()):
-        if numbers and self.known.keys() >= set(numbers):
-            return torch.stack([self.known[n] for n in numbers])
+    def forward(self, image, numbers=None):
+        if self.known is not None and self.known[numbers].all():
+            return self.features[numbers].to(image)
         x = F.interpolate(image[:, :3], self.size, mode="bicubic", antialias=True)  # (B, 3, size, size)
         x = self.model.forward_features(((x + 1) / 2 - self.mean) / self.std)
         features = self.model.forward_head(x, pre_logits=True).float()
-        self.known.update(zip(numbers, features, strict=False))
-        return features
+        if self.known is not None:
+            self.features[numbers] = features = features.to(self.features)
+            self.known[numbers] = 1  # only now: another process may read them
+        return features.to(image)
 
 
 # ---- Losses ------------------------------------------------------------------------------------------------
@@ -1611,6 +1612,8 @@ def camera_regularizer(G, kimg):
 # ---- Metrics -----------------------------------------------------------------------------------------------
 # What training follows: FID and the paper's Non-Flatness Score, the same on any number of processes.
 
+FID_NET = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
+
 
 def frechet_distance(a, b):
     """Frechet distance of two Gaussians, each (mean (F,), covariance (F, F)) in float64."""
@@ -1638,9 +1641,6 @@ def non_flatness_score(depth, near, far, bins=64):
 def area8(image):
     """8x8 area averages of all channels: where things are, colour and depth. (B, C, H, W) -> (B, 64 C)"""
     return F.adaptive_avg_pool2d(image, 8).flatten(1)
-
-
-FID_NET = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 
 
 class Detector:
@@ -1755,8 +1755,7 @@ def measure_samples(G, labels, detector, n, n_flat):
 
 
 # ---- Training ----------------------------------------------------------------------------------------------
-# One step; then what a run of months needs: checkpoints, a guard against divergence, the loop. Draws are a
-# function of seed, step, pass of the whole batch: gradients are the same on any number of processes.
+# One step; then what a run of months needs. Draws are functions of seed, step and pass, not of processes.
 
 
 @dataclass
@@ -1815,8 +1814,10 @@ class Averages(dict):
 
     def result(self):
         """-> {name: number or list}, and begins anew"""
-        means = {name: torch.stack(self.pop(name)).mean(0) for name in sorted(self)}
-        return {name: mean_over_processes(mean).tolist() for name, mean in means.items()}
+        means = {}
+        for name in sorted(self):
+            means[name] = mean_over_processes(torch.stack(self.pop(name)).mean(0)).tolist()
+        return means
 
 
 def generator_pass(run, real, c_real, patch, number, weight, stats):
@@ -1871,8 +1872,7 @@ def discriminator_pass(run, real, numbers, c, patch, rival, scale_mean, weight, 
     loss = loss_real = F.softplus(rival - score).mean()
 
     if run.teacher:
-        with autocast(cfg, real.device):
-            target = run.teacher(real, numbers)  # (B, teacher_dim)
+        target = run.teacher(real, numbers)  # (B, teacher_dim)
         distance = (predicted - target).norm(dim=1)  # (B,)
         loss = loss + now["kd_weight"] * (distance * patch[:, 0] / scale_mean).mean()
         stats.add(kd_distance=distance.mean())
@@ -1904,7 +1904,7 @@ def training_step(run, batch, stats):
     now = schedules(cfg, run.kimg)
     real = real_images(batch, run.labels.device)  # (share, 3 or 4, R, R)
     c = batch["label"].to(real.device)  # (share,)
-    numbers = batch["number"].tolist() if len(run.data) < 32_768 else ()  # Teacher.known: 0.5 GiB
+    numbers = batch["number"]
     share = cfg.batch_size // WORLD
 
     # Patches are shared by reals and fakes. Each process draws all: distillation needs the mean scale.
@@ -2044,14 +2044,6 @@ def load_checkpoint(*paths):
             say(f"3dgp.py: warning: {what}; the checkpoint before it is taken", sys.stderr)
 
 
-def load_start(path):
-    """What --init names: a checkpoint, a run's newest, or what tools/publish.py wrote. -> states by name"""
-    published = Path(path, "model.safetensors")
-    if published.exists():
-        return dict(G_ema=load_tensors(published, "--init"), D={})
-    return load_checkpoint(path)[2]
-
-
 def begin_with(path, module, given):
     """Loads what fits of a state dict; what has another shape, or is not in it, begins anew: a line says."""
     own = module.state_dict()
@@ -2123,7 +2115,13 @@ def open_run(cfg, state, stop):
     """Data, teacher and networks, and what a checkpoint's state holds of them. -> Run"""
     validate(cfg, WORLD)
     device = choose_device(cfg.device, cfg.precision)
-    start = load_start(cfg.init) if cfg.init and not state else None  # before data are prepared for hours
+    start = {}
+    if cfg.init and not state:  # now, before data are prepared for hours
+        published = Path(cfg.init, "model.safetensors")  # of tools/publish.py
+        if published.exists():
+            start = dict(G_ema=load_tensors(published, "--init"), D={})
+        else:
+            start = load_checkpoint(cfg.init)[2]
     data = open_data(cfg)
     teacher = Teacher(cfg.teacher, cfg.teacher_weights).to(device) if cfg.teacher != "none" else None
     cfg = replace(cfg, num_classes=data.num_classes, teacher_dim=teacher.dim if teacher else 0)
@@ -2137,8 +2135,7 @@ def open_run(cfg, state, stop):
         except Exception:  # of other options or data, or damaged
             raise UserError(f"--resume {cfg.resume}: of networks that do not fit") from None
         if state.get("classes", data.classes) != data.classes:  # they might exchange their numbers
-            what = f"the classes were {state['classes']}"
-            raise UserError(f"--data {cfg.data}: {what}; name them so, or begin anew by --init")
+            raise UserError(f"--data: the classes were {state['classes']}; name them so, or use --init")
     elif start:
         begin_with(cfg.init, run.G, start["G_ema"])
         begin_with(cfg.init, run.D, start["D"])
@@ -2182,6 +2179,8 @@ def train_until_trouble(cfg, state, stop, second):  # noqa: C901, PLR0915 (the l
         begin_folder(run)
         snapshot(run)  # even of a run that goes on: its configuration may be another one
     join_processes(device)  # where the folder cannot be written, process 0 has ended
+    if run.teacher and len(run.data) < 250_000 and RANK == LOCAL_RANK:  # the first machine's
+        run.teacher.keep(Path(cfg.out, ".features.tmp"), 2 * len(run.data))
     reals = detector and running_gaussian(real_parts(cfg, run.data, detector, device, cfg.reals))
     if not state:
         evaluate(run, detector, reals)
@@ -2217,6 +2216,7 @@ def train_until_trouble(cfg, state, stop, second):  # noqa: C901, PLR0915 (the l
             if run.done:
                 break
     end = f"stopped (go on with --resume latest --out {cfg.out})" if run.images < total else "finished"
+    Path(cfg.out, ".features.tmp").unlink(missing_ok=True)
     say(f"{end} at {run.kimg} kimg; see {run.file('samples', 'png')}")
 
 

@@ -503,16 +503,16 @@ template <class S, class A> const char* run(const Query<S, A>& q, int64_t contex
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The interface. dtype of the planes: 0 float32, 1 bfloat16, 2 float64 (CPU); everything else is float32, or float64
-// with it. size: B, N, C, T, then the planes' strides over images, planes, rows, pixels. tensors: planes, points,
-// decoder, out, grad, grad_planes (B, T, T, 3, C) without gaps, grad_points, grad_decoder; null where there is none.
-// The gradient of b2, a plain sum, is left to the caller. context: the CUDA stream, or the number of threads. Returns
-// null, or what is wrong.
+// with it. size: B, N, C, T, then the planes' strides over images, planes, channels (1), rows, pixels. tensors:
+// planes, points, decoder, out, grad, grad_planes (B, T, T, 3, C) without gaps, grad_points, grad_decoder; null where
+// there is none. The gradient of b2, a plain sum, is left to the caller. context: the CUDA stream, or the number of
+// threads. Returns null, or what is wrong.
 
 template <class S, class A> const char* call(const int64_t* n, void* const* t, double box, int64_t context) {
   const int64_t C = n[2], T = n[3];
   const auto a = [t](int i) { return static_cast<A*>(t[i]); };
   if (n[0] == 0 || n[1] == 0) return nullptr;
-  return run(Query<S, A>{n[0], n[1], int(C), int(T), {static_cast<S*>(t[0]), n[4], n[5], n[6], n[7]}, a(1),
+  return run(Query<S, A>{n[0], n[1], int(C), int(T), {static_cast<S*>(t[0]), n[4], n[5], n[7], n[8]}, a(1),
                          A((T - 1) / (2 * box)), a(2), a(3), a(4), {a(5), 3 * T * T * C, C, 3 * T * C, 3 * C}, a(6),
                          a(7)}, context);
 }

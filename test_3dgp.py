@@ -1040,7 +1040,7 @@ def test_a_line_names_the_classes_and_says_what_to_do_if_they_are_none(tmp_path,
     data = data_of(make_folder(tmp_path / "a", classes=folders, each=2), depth="none")
     assert data.num_classes == 2
     names = ", ".join(sorted(folders))
-    hint = "if they are parts of one set, give one of them as --data"
+    hint = "if parts of one set, give one as --data"
     assert f"2 classes: {names}; {hint}" in capsys.readouterr().out
     data_of(tmp_path / "a" / folders[0], depth="none")
     assert "classes" not in capsys.readouterr().out
@@ -2418,16 +2418,8 @@ def test_distillation_pulls_the_features_to_the_teacher(tmp_path, teacher_weight
     assert np.mean(distances[-5:]) < 0.8 * np.mean(distances[:5])
 
 
-def test_features_of_the_teacher_are_computed_once(tmp_path, teacher_weights, monkeypatch):
-    """Those of mirrored images, too; and the run is the same as when they are computed in each step."""
-    options = dict(
-        data=make_folder(tmp_path / "a"),
-        depth="none",
-        kimg=0.16,
-        teacher="test_resnet",
-        teacher_weights=teacher_weights,
-        metrics="",
-    )
+def count_computed(monkeypatch):
+    """-> list to which each call of the teacher's network adds how many images it got"""
     computed = []
     forward_features = timm.models.resnet.ResNet.forward_features
 
@@ -2436,17 +2428,117 @@ def test_features_of_the_teacher_are_computed_once(tmp_path, teacher_weights, mo
         return forward_features(model, x)
 
     monkeypatch.setattr(timm.models.resnet.ResNet, "forward_features", count)
+    return computed
+
+
+def distilled(folder, teacher_weights):
+    """Options of a run with a teacher on photographs without depth, which shows each of them four times."""
+    return dict(
+        data=make_folder(folder),
+        depth="none",
+        kimg=0.16,
+        teacher="test_resnet",
+        teacher_weights=teacher_weights,
+        metrics="",
+    )
+
+
+def test_features_of_the_teacher_are_computed_once(tmp_path, teacher_weights, monkeypatch):
+    """Those of mirrored images, too; and the run is the same as when they are computed in each step."""
+    options = distilled(tmp_path / "a", teacher_weights)
+    computed = count_computed(monkeypatch)
     out = train_micro(tmp_path / "once", **options)
     n = len(data_of(options["data"], depth="none"))
     assert 4 * n < 160  # the run's images
     assert sum(computed) == 1 + 2 * n  # the first one tells how many features there are
+    assert not list(out.glob(".*"))  # what they were kept in is gone
 
-    forgetful = property(lambda teacher: {}, lambda teacher, features: None)
-    monkeypatch.setattr(m.Teacher, "known", forgetful, raising=False)
+    monkeypatch.setattr(m.Teacher, "keep", lambda teacher, path, count: None)
     anew = train_micro(tmp_path / "anew", **options)
     assert sum(computed) == 2 + 2 * n + 160
     for name, value in flatten(checkpoint(anew)["D"]).items():
         assert torch.allclose(value, flatten(checkpoint(out)["D"])[name], atol=1e-6), name
+
+
+def test_features_that_a_killed_run_kept_are_not_believed(tmp_path, teacher_weights, monkeypatch):
+    """The data may be other ones when it goes on."""
+    options = distilled(tmp_path / "a", teacher_weights)
+    computed = count_computed(monkeypatch)
+    out = train_micro(tmp_path / "run", **{**options, "kimg": 0.032})
+    teacher = m.Teacher("test_resnet", str(teacher_weights))
+    n = len(data_of(options["data"], depth="none"))
+    teacher.keep(out / ".features.tmp", 2 * n)
+    teacher.features[:] = 100
+    teacher.known[:] = 1
+
+    before = sum(computed)
+    train_micro(out, resume="latest", kimg=0.192)
+    assert sum(computed) >= before + 1 + 2 * n
+    assert max(line["kd_distance"] for line in log(out) if "kd_distance" in line) < 100
+
+
+@pytest.mark.parametrize("images, local_rank, kept", [(249_999, 0, [499_998]), (250_000, 0, []), (9, 1, [])])
+def test_features_of_much_data_or_on_other_machines_are_not_kept(
+    tmp_path, teacher_weights, monkeypatch, images, local_rank, kept
+):
+    """A process whose number on its machine is another one than among all is not on the first machine."""
+    counts = []
+    monkeypatch.setattr(m.Teacher, "keep", lambda teacher, path, count: counts.append(count))
+    monkeypatch.setattr(m.ShapesData, "__len__", lambda data: images)
+    monkeypatch.setattr(m, "LOCAL_RANK", local_rank)
+    options = dict(teacher="test_resnet", teacher_weights=teacher_weights, metrics="", kimg=0.016)
+    train_micro(tmp_path / "run", **options)
+    assert counts == kept
+
+
+def test_the_teacher_computes_in_float32_whatever_the_precision(tmp_path, teacher_weights, monkeypatch):
+    kinds = set()
+    forward_features = timm.models.resnet.ResNet.forward_features
+
+    def record(model, x):
+        features = forward_features(model, x)
+        kinds.add(features.dtype)
+        return features
+
+    monkeypatch.setattr(timm.models.resnet.ResNet, "forward_features", record)
+    train_micro(tmp_path / "run", **{**distilled(tmp_path / "a", teacher_weights), "precision": "bf16"})
+    assert kinds == {torch.float32}
+
+
+def test_processes_share_what_is_known_of_images(tmp_path, teacher_weights, monkeypatch):
+    computed = count_computed(monkeypatch)
+    one, other = (m.Teacher("test_resnet", str(teacher_weights)) for _ in range(2))
+    images = torch.rand(4, 3, 16, 16) * 2 - 1
+    numbers = torch.tensor([5, 0, 9, 3])
+    for teacher in (one, other):
+        teacher.keep(tmp_path / "kept", 10)
+    computed.clear()
+
+    expected = one(images, numbers)
+    assert torch.equal(other(images[[2, 0]], numbers[[2, 0]]), expected[[2, 0]])
+    assert computed == [4]
+
+    # Not all of these are known.
+    mixed = other(images, torch.tensor([5, 0, 9, 4]))
+    assert torch.allclose(mixed, expected, atol=1e-6)
+    assert computed == [4, 4]
+    assert one.known.flatten().tolist() == [1, 0, 0, 1, 1, 1, 0, 0, 0, 1]
+
+
+@pytest.mark.parametrize("count, kind", [(65_536, torch.float32), (65_537, torch.float16)])
+def test_features_of_many_images_are_half_floats_whether_known_or_not(tmp_path, teacher_weights, count, kind):
+    teacher = m.Teacher("test_resnet", str(teacher_weights))
+    images = torch.rand(3, 3, 16, 16) * 2 - 1
+    numbers = torch.tensor([1, 65_535, 7])
+    exact = teacher(images)
+    teacher.keep(tmp_path / "kept", count)
+
+    first = teacher(images, numbers)
+    again = teacher(images, numbers)
+    assert first.dtype == again.dtype == torch.float32
+    assert torch.equal(first, exact.to(kind).float())
+    assert torch.equal(again, first)
+    assert (tmp_path / "kept").stat().st_size == count * (teacher.dim + 1) * kind.itemsize
 
 
 MECHANISMS = [

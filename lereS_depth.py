@@ -35,12 +35,11 @@ if "OMP_WAIT_POLICY" not in os.environ:  # as in 3dgp.py
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
-import PIL.Image
-import PIL.ImageOps
 import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 tdgp = importlib.import_module("3dgp")  # reads photographs, has small helpers; its name is no identifier
@@ -119,8 +118,7 @@ class LeReS(nn.Module):
 def estimate_depth(model, images, size=None):
     """Affine-invariant depth, larger is farther, from 0.01 on.
     images (B, 3, H, W) in [0, 1], of any size -> float32 (B, 1, H, W), or (B, 1, size, size)"""
-    side = (model.SIZE, model.SIZE)
-    x = F.interpolate(images, side, mode="bilinear", align_corners=False, antialias=True)
+    x = F.interpolate(images, model.SIZE, mode="bilinear", align_corners=False, antialias=True)
 
     mean = images.new_tensor(model.MEAN).view(3, 1, 1)
     std = images.new_tensor(model.STD).view(3, 1, 1)
@@ -242,13 +240,13 @@ class Work:
         return paths
 
     def open(self, i):
-        with PIL.Image.open(io.BytesIO(self.data.read(self.names[i]))) as f:
+        with Image.open(io.BytesIO(self.data.read(self.names[i]))) as f:
             return tdgp.to_rgb(f)
 
     def picture(self, i, image=None):
         """-> photograph i, (R, R, 3) uint8"""
         size = (self.cfg.resolution, self.cfg.resolution)
-        return np.asarray(PIL.ImageOps.fit(image or self.open(i), size, PIL.Image.LANCZOS))
+        return np.asarray(ImageOps.fit(image or self.open(i), size, Image.LANCZOS))
 
     def load(self, i):
         """Write photograph i, and its depth if there are ready maps. -> else what the network has to see"""
@@ -256,7 +254,7 @@ class Work:
         self.write(self.paths([i])[0], self.picture(i, image))
         if self.cfg.depth_from:
             return self.save(i, self.ready_depth(i, image.size))
-        return np.asarray(PIL.ImageOps.fit(image, (LeReS.SIZE, LeReS.SIZE), PIL.Image.BILINEAR))
+        return np.asarray(ImageOps.fit(image, (LeReS.SIZE, LeReS.SIZE), Image.BILINEAR))
 
     def save(self, i, depth):
         """Write depth (R, R): 16 bit, between its extremes."""
@@ -269,7 +267,7 @@ class Work:
     def write(self, path, array):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tdgp.atomic(path) as tmp:
-            PIL.Image.fromarray(array).save(tmp, "PNG", compress_level=0)  # 1: a third less, 3 times as long
+            Image.fromarray(array).save(tmp, "PNG", compress_level=0)  # 1: a third less, 3 times as long
 
     def ready_depth(self, i, size):
         """The ready map of photograph i, whose size is (w, h), cut as the photograph is. -> (R, R)"""
@@ -401,18 +399,16 @@ def prepare(cfg):
         if job.rank > 0:
             return
         raise tdgp.UserError(f"{job.target}: is there already; delete it to make it anew")
-    if job.rank == 0:
-        for mark in job.folder.glob(".part-*"):  # of an earlier run: they would be trusted
-            mark.unlink(missing_ok=True)
 
     # What may be wrong is found out before there is a folder.
     job.work = Work(cfg, job.folder)
     weights = None if cfg.depth_from else find_weights(cfg.weights)
     model = load_leres(weights).to(job.device) if weights else None
-    teacher = None
-    if cfg.keep < 1 and job.rank == 0:
-        teacher = tdgp.Teacher(cfg.keep_model, cfg.keep_weights).to(job.device)
+    selects = cfg.keep < 1 and job.rank == 0
+    teacher = tdgp.Teacher(cfg.keep_model, cfg.keep_weights).to(job.device) if selects else None
     claim(job, weights)
+    if job.complete.exists():
+        return
 
     start = time.time()
     context = multiprocessing.get_context("fork" if hasattr(os, "fork") else None)
@@ -429,21 +425,24 @@ def prepare(cfg):
 
 
 def claim(job, weights):
-    """Make the folder, or go on in it if it was begun in the same way: nothing else must get mixed in."""
-    # All that the result depends on.
-    recipe = dataclasses.asdict(job.cfg)
-    for name in ("target", "workers", "device"):
-        del recipe[name]
+    """Make the folder, or go on in it if it has the same recipe: nothing else must get mixed in."""
+    recipe = dataclasses.asdict(dataclasses.replace(job.cfg, target="", workers=1, device=""))
     recipe["source"] = str(Path(job.cfg.source).resolve())
     recipe["weights"] = hashlib.sha256(weights.read_bytes()).hexdigest() if weights else ""
     recipe["depth_from"] = str(Path(job.cfg.depth_from).resolve()) if job.cfg.depth_from else ""
 
-    if job.rank == 0 and not job.note.exists():
+    if job.rank == 0:
         job.folder.mkdir(parents=True, exist_ok=True)
-        files = {path.name for path in job.folder.rglob("*") if path.is_file()}
-        if files - {"skipped.txt"}:  # that of an attempt in which nothing was usable
+        files = {path.name for path in job.folder.rglob("[!.]*") if path.is_file()}
+        if files - {"skipped.txt"} and not job.note.exists():  # skipped.txt alone: nothing was usable
             raise tdgp.UserError(f"{job.folder}: has files that are not of this program; name another target")
-        write_text(job.note, json.dumps(recipe, indent=1))
+        lock(job)
+        if job.complete.exists():  # by the preparation that was waited for
+            return
+        for mark in job.folder.glob(".part-*"):  # of an earlier run: they would be trusted
+            mark.unlink()
+        if not job.note.exists():
+            write_text(job.note, json.dumps(recipe, indent=1))
     wait_for([job.note])
 
     try:
@@ -452,8 +451,20 @@ def claim(job, weights):
         raise tdgp.UserError(f"{job.note}: is not of this program; name another target") from None
     differing = [name for name in recipe if before.get(name, recipe[name]) != recipe[name]]
     if differing:
-        what = ", ".join(differing)
-        raise tdgp.UserError(f"{job.folder}: was begun with another {what}; delete it or name another")
+        raise tdgp.UserError(f"{job.folder}: is of another {', '.join(differing)}; delete it or name another")
+
+
+def lock(job):
+    """Waits for another preparation of the same folder. The lock ends with this process, in whatever way."""
+    try:
+        fcntl = importlib.import_module("fcntl")
+        job.lock = open(job.folder / ".lock", "a")  # noqa: SIM115 (as long as the job)
+        fcntl.flock(job.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"{job.folder}: another process prepares it; waiting", flush=True)
+        fcntl.flock(job.lock, fcntl.LOCK_EX)
+    except (ImportError, OSError):  # there are no locks here
+        return
 
 
 def write_text(path, text):
@@ -596,8 +607,8 @@ def finish(job, indices):
                 archive.writestr(member, path.read_bytes())
         shutil.rmtree(job.folder)
     else:
-        for mark in job.marks:
-            mark.unlink()
+        for mark in (*job.marks, job.folder / ".lock"):
+            mark.unlink(missing_ok=True)
     if skipped:
         print(f"{len(skipped)} images were left out; {reasons} says why", file=sys.stderr)
     return len(indices)
@@ -607,7 +618,7 @@ def write_sheet(work, indices, path):
     """Up to 32 photographs, evenly over all, above their depth."""
     cells = []
     for k in np.linspace(0, len(indices) - 1, min(32, len(indices))).round():
-        image, depth = (np.asarray(PIL.Image.open(p)) for p in work.paths([indices[int(k)]]))
+        image, depth = (np.asarray(Image.open(p)) for p in work.paths([indices[int(k)]]))
         gray = (depth // 257).astype(np.uint8)[..., None].repeat(3, 2)  # (R, R, 3)
         cells.append(np.concatenate([image, gray]))
     tdgp.write_image(tdgp.tile(cells, min(8, len(cells))), path)

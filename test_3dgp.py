@@ -3969,29 +3969,60 @@ def test_odd_names_of_members_stay_within(tmp_path, weights, name):
     assert data_of(tmp_path / "out").names == ["a/b.png"]
 
 
-def start_preparation(rank, *argv):
-    """One of two processes that share the work, in a session of its own with its workers."""
+def start_preparation(rank, *argv, world=2, stdout=subprocess.DEVNULL):
+    """One of `world` processes that share the work, in a session of its own with its workers."""
     return subprocess.Popen(
         [sys.executable, HERE / "lereS_depth.py", *map(str, argv)],
-        env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"},
-        stdout=subprocess.DEVNULL,
+        env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)},
+        stdout=stdout,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
 
 
-def test_a_killed_preparation_goes_on_to_the_same_bytes(tmp_path):
-    """With ready maps; once undisturbed in one process, once killed in two that share the work."""
-    root = make_folder(tmp_path / "photos", each=60, depth=True)
+def many_photographs(folder):
+    """120 photographs with ready maps, and a broken one -> their folder, options of a slow preparation"""
+    root = make_folder(folder / "photos", each=60, depth=True)
     (root / "cat" / "broken.jpg").write_text("not a picture")
-    maps = tmp_path / "maps"
+    maps = folder / "maps"
     for path in root.rglob("*_depth.png"):
         moved = maps / path.relative_to(root)
         moved.parent.mkdir(parents=True, exist_ok=True)
         path.rename(moved)
+    return root, ("--depth-from", maps, "--resolution", 64, "--batch", 4, "--workers", 1)
+
+
+@pytest.mark.parametrize("target, killed", [("b", True), ("b.zip", False)])
+def test_of_two_preparations_of_one_folder_one_waits(tmp_path, target, killed):
+    """As when runs begin at once on the same photographs. If the first is killed, the other goes on."""
+    root, options = many_photographs(tmp_path)
+    undisturbed = tmp_path / target.replace("b", "a")
+    assert prepare(root, undisturbed, *options) == 0
+
+    target = tmp_path / target
+    first = start_preparation(0, root, target, *options, world=1)
+    begun = target.with_suffix(".unfinished") if target.suffix else target
+    wait_for(lambda: len(list(begun.rglob("*_depth.png"))) >= 5)
+    os.killpg(first.pid, signal.SIGSTOP)
+    other = start_preparation(0, root, target, *options, world=1, stdout=subprocess.PIPE)
+    assert any(b"another process prepares it; waiting" in line for line in other.stdout)
+
+    os.killpg(first.pid, signal.SIGKILL if killed else signal.SIGCONT)
+    assert first.wait() == (-signal.SIGKILL if killed else 0)
+    with other:
+        assert ("120 images in" in other.stdout.read().decode()) == killed
+    assert other.returncode == 0
+    if target.is_dir():
+        assert contents(target) == contents(undisturbed)
+    else:
+        assert target.read_bytes() == undisturbed.read_bytes()
+
+
+def test_a_killed_preparation_goes_on_to_the_same_bytes(tmp_path):
+    """With ready maps; once undisturbed in one process, once killed in two that share the work."""
+    root, options = many_photographs(tmp_path)
 
     # The undisturbed one.
-    options = ("--depth-from", maps, "--resolution", 64, "--batch", 4, "--workers", 1)
     assert prepare(root, tmp_path / "a", *options) == 0
 
     # The killed one: when some files are there, and long before all are.

@@ -1067,10 +1067,8 @@ def camera_gradient_penalty(camera_generator, prior, z, c):
     """The paper's regulariser: |g| + 1 / (|g| + 1e-4), g = d posterior_i / d prior_i, mean -> (6,)"""
     parameters = camera_parameters(prior).detach().requires_grad_()
     posterior = camera_parameters(camera_generator(make_camera(parameters), z, c))
-    diagonal = []
-    for i in range(6):
-        (g,) = torch.autograd.grad(posterior[:, i].sum(), parameters, create_graph=True)
-        diagonal.append(g[:, i])
+    totals = posterior.sum(0)  # (6,)
+    diagonal = [torch.autograd.grad(totals[i], parameters, create_graph=True)[0][:, i] for i in range(6)]
     g = torch.stack(diagonal, 1).abs()
     return (g + 1 / (g + 1e-4)).mean(0)
 
@@ -1156,8 +1154,7 @@ def query_triplane(planes, points, box, decoder, fused):
 
 
 # ---- Generator ---------------------------------------------------------------------------------------------
-# z and class -> w -> three feature planes -> RGB and depth of a patch -> adapted depth (paper 3.1, 3.3).
-# Mapping and backbone are StyleGAN2's (Karras et al. 2020), whose parameter names they keep.
+# z and class -> w -> planes -> RGB, depth of a patch -> adapted depth. Parameters are named as StyleGAN2's.
 
 
 class MappingNetwork(nn.Module):
@@ -1513,8 +1510,7 @@ class Discriminator(nn.Module):
 
 
 class Teacher(nn.Module):
-    """A frozen timm classifier. Whole images in [-1, 1], (B, 3 or 4, H, W) -> pooled features (B, dim).
-    weights: a state dict's file, or timm downloads them; else UserError"""
+    """A frozen timm classifier (weights: a file or downloaded). Whole images (B, 3 or 4, H, W) -> (B, dim)"""
 
     def __init__(self, name, weights=""):
         super().__init__()
@@ -1539,7 +1535,11 @@ class Teacher(nn.Module):
         """From now on features of images, by their numbers below count, are computed once, and kept in a file
         that processes share; of many images as half floats, to which they then are rounded in any case."""
         kind = torch.float32 if count <= 65_536 else torch.float16
-        table = torch.from_file(str(path), True, count * (self.dim + 1), dtype=kind)  # zeros, at first
+        size = count * (self.dim + 1)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if LOCAL_RANK == 0:  # all of it: a full disk is an error now, where it would be a crash later
+            path.write_bytes(bytes(size * kind.itemsize))
+        table = torch.from_file(str(path), True, size, dtype=kind)
         self.features, self.known = table.view(count, -1).split(self.dim, 1)  # (count, dim), (count, 1)
 
     @torch.no_grad()
@@ -1870,7 +1870,6 @@ def discriminator_pass(run, real, numbers, c, patch, rival, scale_mean, weight, 
     with autocast(cfg, real.device, not r1_due):  # no double backward in bf16
         score, predicted = run.D(seen, c, patch)  # (B,), (B, teacher_dim)
     loss = loss_real = F.softplus(rival - score).mean()
-
     if run.teacher:
         target = run.teacher(real, numbers)  # (B, teacher_dim)
         distance = (predicted - target).norm(dim=1)  # (B,)
@@ -2179,8 +2178,11 @@ def train_until_trouble(cfg, state, stop, second):  # noqa: C901, PLR0915 (the l
         begin_folder(run)
         snapshot(run)  # even of a run that goes on: its configuration may be another one
     join_processes(device)  # where the folder cannot be written, process 0 has ended
-    if run.teacher and len(run.data) < 250_000 and RANK == LOCAL_RANK:  # the first machine's
-        run.teacher.keep(Path(cfg.out, ".features.tmp"), 2 * len(run.data))
+    if run.teacher and len(run.data) < 250_000:
+        features = Path(cfg.out, f".features-{RANK - LOCAL_RANK}.tmp")  # one on each machine
+        run.teacher.keep(features, 2 * len(run.data))
+        join_processes(device)
+        features.unlink(missing_ok=True)  # it stays open
     reals = detector and running_gaussian(real_parts(cfg, run.data, detector, device, cfg.reals))
     if not state:
         evaluate(run, detector, reals)
@@ -2216,12 +2218,10 @@ def train_until_trouble(cfg, state, stop, second):  # noqa: C901, PLR0915 (the l
             if run.done:
                 break
     end = f"stopped (go on with --resume latest --out {cfg.out})" if run.images < total else "finished"
-    Path(cfg.out, ".features.tmp").unlink(missing_ok=True)
     say(f"{end} at {run.kimg} kimg; see {run.file('samples', 'png')}")
 
 
 # ---- Pictures ----------------------------------------------------------------------------------------------
-# What a person looks at while it trains: RGB above its depth, of the data and of samples.
 
 
 def to_picture(rgb, depth=(), near=-1, far=1, dim=1):

@@ -124,8 +124,7 @@ def estimate_depth(model, images, size=None):
     std = images.new_tensor(model.STD).view(3, 1, 1)
     depth = model((x - mean) / std).float()  # (B, 1, SIZE, SIZE)
     depth = depth - depth.amin((1, 2, 3), keepdim=True) + 0.01
-    side = (size, size) if size else images.shape[2:]
-    return F.interpolate(depth, side, mode="bilinear", align_corners=False)
+    return F.interpolate(depth, size or images.shape[2:], mode="bilinear", align_corners=False)
 
 
 # ---- Weights: a file that was given, or the released one, downloaded once into PyTorch's cache -------------
@@ -223,8 +222,7 @@ class Work:
 
     def output_name(self, name):
         """a.jpg -> a.png; a.webp beside it -> a_webp.png; another one -> a_2.png. None ends in _depth.png."""
-        stem = str(Path(name).with_suffix(""))
-        free = stem
+        free = stem = str(Path(name).with_suffix(""))
         tries = 0
         while free in self.taken or free.endswith("_depth"):
             tries += 1
@@ -245,8 +243,7 @@ class Work:
 
     def picture(self, i, image=None):
         """-> photograph i, (R, R, 3) uint8"""
-        size = (self.cfg.resolution, self.cfg.resolution)
-        return np.asarray(ImageOps.fit(image or self.open(i), size, Image.LANCZOS))
+        return np.asarray(ImageOps.fit(image or self.open(i), [self.cfg.resolution] * 2, Image.LANCZOS))
 
     def load(self, i):
         """Write photograph i, and its depth if there are ready maps. -> else what the network has to see"""
@@ -431,20 +428,25 @@ def claim(job, weights):
     recipe["weights"] = hashlib.sha256(weights.read_bytes()).hexdigest() if weights else ""
     recipe["depth_from"] = str(Path(job.cfg.depth_from).resolve()) if job.cfg.depth_from else ""
 
+    job.folder.mkdir(parents=True, exist_ok=True)
+    begun = any(path.is_file() for path in job.folder.rglob("[!.]*") if path.name != "skipped.txt")
+    if job.note.exists():
+        compare(job, recipe)  # now, since another preparation may take hours
+    elif begun:
+        raise tdgp.UserError(f"{job.folder}: has files that are not of this program; name another target")
+    lock(job)
+    if job.complete.exists():  # by the preparation that was waited for
+        return
     if job.rank == 0:
-        job.folder.mkdir(parents=True, exist_ok=True)
-        files = {path.name for path in job.folder.rglob("[!.]*") if path.is_file()}
-        if files - {"skipped.txt"} and not job.note.exists():  # skipped.txt alone: nothing was usable
-            raise tdgp.UserError(f"{job.folder}: has files that are not of this program; name another target")
-        lock(job)
-        if job.complete.exists():  # by the preparation that was waited for
-            return
         for mark in job.folder.glob(".part-*"):  # of an earlier run: they would be trusted
-            mark.unlink()
+            mark.unlink(missing_ok=True)
         if not job.note.exists():
             write_text(job.note, json.dumps(recipe, indent=1))
     wait_for([job.note])
+    compare(job, recipe)
 
+
+def compare(job, recipe):
     try:
         before = dict(json.loads(job.note.read_text()))
     except (ValueError, TypeError):
@@ -455,10 +457,10 @@ def claim(job, weights):
 
 
 def lock(job):
-    """Waits for another preparation of the same folder. The lock ends with this process, in whatever way."""
+    """Waits for the process of this number of another preparation. The lock ends with this process."""
     try:
         fcntl = importlib.import_module("fcntl")
-        job.lock = open(job.folder / ".lock", "a")  # noqa: SIM115 (as long as the job)
+        job.lock = open(job.folder / f".lock-{job.rank}", "a")  # noqa: SIM115 (as long as the job)
         fcntl.flock(job.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         print(f"{job.folder}: another process prepares it; waiting", flush=True)
@@ -592,9 +594,7 @@ def finish(job, indices):
         raise tdgp.UserError(f"{job.cfg.source}: not one image of it could be used; {reasons} says why")
 
     write_sheet(work, indices, job.about("all_depth.png"))
-    listed = None
-    if work.data.num_classes:
-        listed = [[work.outputs[i], int(work.labels[i])] for i in indices]
+    listed = [[work.outputs[i], int(work.labels[i])] for i in indices if work.data.num_classes] or None
     listing = job.folder / "dataset.json"
     write_text(listing, json.dumps({"labels": listed}))
     if job.cfg.keep < 1:
@@ -607,8 +607,8 @@ def finish(job, indices):
                 archive.writestr(member, path.read_bytes())
         shutil.rmtree(job.folder)
     else:
-        for mark in (*job.marks, job.folder / ".lock"):
-            mark.unlink(missing_ok=True)
+        for path in (*job.marks, *job.folder.glob(".lock-*")):
+            path.unlink()
     if skipped:
         print(f"{len(skipped)} images were left out; {reasons} says why", file=sys.stderr)
     return len(indices)

@@ -11,6 +11,7 @@ import ast
 import base64
 import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
 import http.server
@@ -2451,7 +2452,7 @@ def test_features_of_the_teacher_are_computed_once(tmp_path, teacher_weights, mo
     n = len(data_of(options["data"], depth="none"))
     assert 4 * n < 160  # the run's images
     assert sum(computed) == 1 + 2 * n  # the first one tells how many features there are
-    assert not list(out.glob(".*"))  # what they were kept in is gone
+    assert not list(out.glob(".*"))  # what they were kept in has no name
 
     monkeypatch.setattr(m.Teacher, "keep", lambda teacher, path, count: None)
     anew = train_micro(tmp_path / "anew", **options)
@@ -2467,7 +2468,7 @@ def test_features_that_a_killed_run_kept_are_not_believed(tmp_path, teacher_weig
     out = train_micro(tmp_path / "run", **{**options, "kimg": 0.032})
     teacher = m.Teacher("test_resnet", str(teacher_weights))
     n = len(data_of(options["data"], depth="none"))
-    teacher.keep(out / ".features.tmp", 2 * n)
+    teacher.keep(out / ".features-0.tmp", 2 * n)
     teacher.features[:] = 100
     teacher.known[:] = 1
 
@@ -2477,18 +2478,32 @@ def test_features_that_a_killed_run_kept_are_not_believed(tmp_path, teacher_weig
     assert max(line["kd_distance"] for line in log(out) if "kd_distance" in line) < 100
 
 
-@pytest.mark.parametrize("images, local_rank, kept", [(249_999, 0, [499_998]), (250_000, 0, []), (9, 1, [])])
-def test_features_of_much_data_or_on_other_machines_are_not_kept(
-    tmp_path, teacher_weights, monkeypatch, images, local_rank, kept
-):
-    """A process whose number on its machine is another one than among all is not on the first machine."""
-    counts = []
-    monkeypatch.setattr(m.Teacher, "keep", lambda teacher, path, count: counts.append(count))
+@pytest.mark.parametrize("images, kept", [(249_999, [(".features-0.tmp", 499_998)]), (250_000, [])])
+def test_features_of_much_data_are_not_kept(tmp_path, teacher_weights, monkeypatch, images, kept):
+    files = []
+    monkeypatch.setattr(m.Teacher, "keep", lambda teacher, path, count: files.append((path.name, count)))
     monkeypatch.setattr(m.ShapesData, "__len__", lambda data: images)
-    monkeypatch.setattr(m, "LOCAL_RANK", local_rank)
     options = dict(teacher="test_resnet", teacher_weights=teacher_weights, metrics="", kimg=0.016)
     train_micro(tmp_path / "run", **options)
-    assert counts == kept
+    assert files == kept
+
+
+def test_no_room_for_features_is_one_line_at_the_start(tmp_path, teacher_weights, monkeypatch, capfd):
+    """All of the file is written at once: memory that maps a file with holes would be a crash, later."""
+    options = distilled(tmp_path / "a", teacher_weights)
+    teacher = m.Teacher("test_resnet", str(teacher_weights))
+    room = []
+
+    def write_bytes(path, content):
+        room.append(len(content))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    capfd.readouterr()
+    assert m.main(["--out", str(tmp_path / "run"), *flags(**{**MICRO, **options})]) == 2
+    assert capfd.readouterr().err.splitlines()[-1] == "3dgp.py: error: [Errno 28] No space left on device"
+    n = len(data_of(options["data"], depth="none"))
+    assert room == [2 * n * (teacher.dim + 1) * 4]
 
 
 def test_the_teacher_computes_in_float32_whatever_the_precision(tmp_path, teacher_weights, monkeypatch):
@@ -3992,30 +4007,46 @@ def many_photographs(folder):
     return root, ("--depth-from", maps, "--resolution", 64, "--batch", 4, "--workers", 1)
 
 
-@pytest.mark.parametrize("target, killed", [("b", True), ("b.zip", False)])
-def test_of_two_preparations_of_one_folder_one_waits(tmp_path, target, killed):
+@pytest.mark.parametrize("target, killed, world", [("b", True, 1), ("b.zip", False, 2)])
+def test_of_two_preparations_of_one_folder_one_waits(tmp_path, target, killed, world):
     """As when runs begin at once on the same photographs. If the first is killed, the other goes on."""
     root, options = many_photographs(tmp_path)
     undisturbed = tmp_path / target.replace("b", "a")
     assert prepare(root, undisturbed, *options) == 0
 
-    target = tmp_path / target
-    first = start_preparation(0, root, target, *options, world=1)
-    begun = target.with_suffix(".unfinished") if target.suffix else target
-    wait_for(lambda: len(list(begun.rglob("*_depth.png"))) >= 5)
-    os.killpg(first.pid, signal.SIGSTOP)
-    other = start_preparation(0, root, target, *options, world=1, stdout=subprocess.PIPE)
-    assert any(b"another process prepares it; waiting" in line for line in other.stdout)
+    def start(*more):
+        how = dict(world=world, stdout=subprocess.PIPE)
+        return [start_preparation(rank, root, target, *options, *more, **how) for rank in range(world)]
 
-    os.killpg(first.pid, signal.SIGKILL if killed else signal.SIGCONT)
-    assert first.wait() == (-signal.SIGKILL if killed else 0)
-    with other:
-        assert ("120 images in" in other.stdout.read().decode()) == killed
-    assert other.returncode == 0
+    target = tmp_path / target
+    first = start()
+    begun = target.with_suffix(".unfinished") if target.suffix else target
+    wait_for(lambda: len(list(begun.rglob("*_depth.png"))) >= 5 and len(list(begun.glob(".lock-*"))) == world)
+    for process in first:
+        os.killpg(process.pid, signal.SIGSTOP)
+    made = len(list(begun.rglob("*.png")))
+
+    # One that would make something else says so at once; one that would make the same waits.
+    assert [process.wait() for process in start("--invert")] == [2] * world
+    other = start()
+    for process in other:
+        assert any(b"another process prepares it; waiting" in line for line in process.stdout)
+    assert len(list(begun.rglob("*.png"))) == made
+
+    for process in first:
+        os.killpg(process.pid, signal.SIGKILL if killed else signal.SIGCONT)
+    assert [process.wait() for process in first] == [-signal.SIGKILL if killed else 0] * world
+    said = [process.stdout.read().decode() for process in other]
+    assert any("120 images in" in text for text in said) == killed
+    assert [process.wait() for process in other] == [0] * world
     if target.is_dir():
         assert contents(target) == contents(undisturbed)
+        assert not list(target.glob(".*"))
     else:
         assert target.read_bytes() == undisturbed.read_bytes()
+        assert not begun.exists()
+    for process in first + other:
+        process.stdout.close()
 
 
 def test_a_killed_preparation_goes_on_to_the_same_bytes(tmp_path):

@@ -594,9 +594,9 @@ def finish(job, indices):
         raise tdgp.UserError(f"{job.cfg.source}: not one image of it could be used; {reasons} says why")
 
     write_sheet(work, indices, job.about("all_depth.png"))
-    listed = [[work.outputs[i], int(work.labels[i])] for i in indices if work.data.num_classes] or None
+    labels = [[work.outputs[i], int(work.labels[i])] for i in indices]
     listing = job.folder / "dataset.json"
-    write_text(listing, json.dumps({"labels": listed}))
+    write_text(listing, json.dumps({"labels": labels if work.data.num_classes else None}))
     if job.cfg.keep < 1:
         write_text(job.about("kept.txt"), "".join(f"{work.names[i]}\n" for i in indices))
 

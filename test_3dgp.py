@@ -2419,17 +2419,22 @@ def test_distillation_pulls_the_features_to_the_teacher(tmp_path, teacher_weight
     assert np.mean(distances[-5:]) < 0.8 * np.mean(distances[:5])
 
 
-def count_computed(monkeypatch):
-    """-> list to which each call of the teacher's network adds how many images it got"""
-    computed = []
+def watch_teacher(monkeypatch):
+    """-> list to which the teacher's network adds in each call how many images it saw, and of which type"""
+    calls = []
     forward_features = timm.models.resnet.ResNet.forward_features
 
-    def count(model, x):
-        computed.append(len(x))
-        return forward_features(model, x)
+    def watched(model, x):
+        features = forward_features(model, x)
+        calls.append((len(features), features.dtype))
+        return features
 
-    monkeypatch.setattr(timm.models.resnet.ResNet, "forward_features", count)
-    return computed
+    monkeypatch.setattr(timm.models.resnet.ResNet, "forward_features", watched)
+    return calls
+
+
+def images_of(calls):
+    return sum(n for n, _ in calls)
 
 
 def distilled(folder, teacher_weights):
@@ -2447,16 +2452,16 @@ def distilled(folder, teacher_weights):
 def test_features_of_the_teacher_are_computed_once(tmp_path, teacher_weights, monkeypatch):
     """Those of mirrored images, too; and the run is the same as when they are computed in each step."""
     options = distilled(tmp_path / "a", teacher_weights)
-    computed = count_computed(monkeypatch)
+    calls = watch_teacher(monkeypatch)
     out = train_micro(tmp_path / "once", **options)
     n = len(data_of(options["data"], depth="none"))
     assert 4 * n < 160  # the run's images
-    assert sum(computed) == 1 + 2 * n  # the first one tells how many features there are
+    assert images_of(calls) == 1 + 2 * n  # the first one tells how many features there are
     assert not list(out.glob(".*"))  # what they were kept in has no name
 
     monkeypatch.setattr(m.Teacher, "keep", lambda teacher, path, count: None)
     anew = train_micro(tmp_path / "anew", **options)
-    assert sum(computed) == 2 + 2 * n + 160
+    assert images_of(calls) == 2 + 2 * n + 160
     for name, value in flatten(checkpoint(anew)["D"]).items():
         assert torch.allclose(value, flatten(checkpoint(out)["D"])[name], atol=1e-6), name
 
@@ -2464,7 +2469,7 @@ def test_features_of_the_teacher_are_computed_once(tmp_path, teacher_weights, mo
 def test_features_that_a_killed_run_kept_are_not_believed(tmp_path, teacher_weights, monkeypatch):
     """The data may be other ones when it goes on."""
     options = distilled(tmp_path / "a", teacher_weights)
-    computed = count_computed(monkeypatch)
+    calls = watch_teacher(monkeypatch)
     out = train_micro(tmp_path / "run", **{**options, "kimg": 0.032})
     teacher = m.Teacher("test_resnet", str(teacher_weights))
     n = len(data_of(options["data"], depth="none"))
@@ -2472,9 +2477,9 @@ def test_features_that_a_killed_run_kept_are_not_believed(tmp_path, teacher_weig
     teacher.features[:] = 100
     teacher.known[:] = 1
 
-    before = sum(computed)
+    before = images_of(calls)
     train_micro(out, resume="latest", kimg=0.192)
-    assert sum(computed) >= before + 1 + 2 * n
+    assert images_of(calls) >= before + 1 + 2 * n
     assert max(line["kd_distance"] for line in log(out) if "kd_distance" in line) < 100
 
 
@@ -2507,36 +2512,28 @@ def test_no_room_for_features_is_one_line_at_the_start(tmp_path, teacher_weights
 
 
 def test_the_teacher_computes_in_float32_whatever_the_precision(tmp_path, teacher_weights, monkeypatch):
-    kinds = set()
-    forward_features = timm.models.resnet.ResNet.forward_features
-
-    def record(model, x):
-        features = forward_features(model, x)
-        kinds.add(features.dtype)
-        return features
-
-    monkeypatch.setattr(timm.models.resnet.ResNet, "forward_features", record)
+    calls = watch_teacher(monkeypatch)
     train_micro(tmp_path / "run", **{**distilled(tmp_path / "a", teacher_weights), "precision": "bf16"})
-    assert kinds == {torch.float32}
+    assert {kind for _, kind in calls} == {torch.float32}
 
 
 def test_processes_share_what_is_known_of_images(tmp_path, teacher_weights, monkeypatch):
-    computed = count_computed(monkeypatch)
+    calls = watch_teacher(monkeypatch)
     one, other = (m.Teacher("test_resnet", str(teacher_weights)) for _ in range(2))
     images = torch.rand(4, 3, 16, 16) * 2 - 1
     numbers = torch.tensor([5, 0, 9, 3])
     for teacher in (one, other):
         teacher.keep(tmp_path / "kept", 10)
-    computed.clear()
+    calls.clear()
 
     expected = one(images, numbers)
     assert torch.equal(other(images[[2, 0]], numbers[[2, 0]]), expected[[2, 0]])
-    assert computed == [4]
+    assert images_of(calls) == 4
 
     # Not all of these are known.
     mixed = other(images, torch.tensor([5, 0, 9, 4]))
     assert torch.allclose(mixed, expected, atol=1e-6)
-    assert computed == [4, 4]
+    assert images_of(calls) == 8
     assert one.known.flatten().tolist() == [1, 0, 0, 1, 1, 1, 0, 0, 0, 1]
 
 

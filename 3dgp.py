@@ -559,8 +559,7 @@ class ShapesData:
         R = self.cfg.resolution
         finer = 2 if R <= 64 else 1  # rays a pixel and direction: small pictures are smooth
         origins, rays = camera_rays(make_camera(camera[None]), R * finer)
-        fov = float(camera[2])
-        color, depth = self.draw(rng, label, fov, origins[0, 0].numpy(), rays[0].numpy())
+        color, depth = self.draw(rng, label, float(camera[2]), origins[0, 0].numpy(), rays[0].numpy())
         grid = R, finer, R, finer
         image = color.reshape(*grid, 3).mean((1, 3)).clip(0, 1)  # (R, R, 3)
         image = torch.from_numpy((image.transpose(2, 0, 1) * 255).round().astype(np.uint8))
@@ -1067,8 +1066,10 @@ def camera_gradient_penalty(camera_generator, prior, z, c):
     """The paper's regulariser: |g| + 1 / (|g| + 1e-4), g = d posterior_i / d prior_i, mean -> (6,)"""
     parameters = camera_parameters(prior).detach().requires_grad_()
     posterior = camera_parameters(camera_generator(make_camera(parameters), z, c))
-    totals = posterior.sum(0)  # (6,)
-    diagonal = [torch.autograd.grad(totals[i], parameters, create_graph=True)[0][:, i] for i in range(6)]
+    diagonal = []
+    for i, total in enumerate(posterior.sum(0)):
+        (g,) = torch.autograd.grad(total, parameters, create_graph=True)  # (B, 6)
+        diagonal.append(g[:, i])
     g = torch.stack(diagonal, 1).abs()
     return (g + 1 / (g + 1e-4)).mean(0)
 
@@ -2299,7 +2300,7 @@ POSITIVE += " box r1_interval patch_beta timeout kimg snapshot_kimg log_kimg met
 
 
 def validate(cfg, world):
-    """All that can be wrong in a configuration, before anything is built. -> images of a process in a step"""
+    """Whatever is wrong in a configuration is a UserError, before anything is built."""
 
     def require(ok, message):
         if not ok:
@@ -2336,7 +2337,6 @@ def validate(cfg, world):
     batch = f"--batch-size {cfg.batch_size}, --batch-gpu {cfg.batch_gpu}"
     require(cfg.batch_size % world == 0, f"{batch}: not divisible by {world} processes")
     require(size % MBSTD_GROUP == 0, f"{batch}: {size} images in a pass are not a multiple of {MBSTD_GROUP}")
-    return share
 
 
 def resolve(given):

@@ -325,8 +325,8 @@ def bench(argv):
         raise tdgp.UserError(f"--repeats {options.repeats}: must be positive")
     cfg = make_config(given)
     device = tdgp.choose_device(cfg.device, cfg.precision)
-    share = tdgp.validate(cfg, tdgp.WORLD)
-    cfg = dataclasses.replace(cfg, batch_gpu=math.gcd(cfg.batch_gpu, share))
+    tdgp.validate(cfg, tdgp.WORLD)
+    cfg = dataclasses.replace(cfg, batch_gpu=math.gcd(cfg.batch_gpu, cfg.batch_size // tdgp.WORLD))
     tdgp.join_processes(device, cfg.timeout)
     name = f"CPU, {torch.get_num_threads()} threads"
     if device.type == "cuda":

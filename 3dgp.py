@@ -849,7 +849,7 @@ def call_custom_ops(planes, points, box, decoder, *rest):
     types = [torch.float32, torch.bfloat16, torch.float64]  # of the planes, as custom_ops.cu counts them
     kind = torch.promote_types(planes.dtype, torch.float32), planes.device
     packed = ((32 if planes.is_cuda or C > 16 else 16) + 5) * 64 + 4  # w1, b1 and four rows of w2; b2
-    shapes_fit = (three, width) == (3, T) and points.shape[::2] == (B, 3)
+    shapes_fit = (three, width, len(points), *points.shape[2:]) == (3, T, B, 3)
     decoder_fits = len(decoder) == 0 or (C <= 32 and len(decoder) == packed)
     kinds_fit = planes.dtype in types and all((t.dtype, t.device) == kind for t in others)
     if not (call and shapes_fit and decoder_fits and kinds_fit):

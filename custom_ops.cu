@@ -306,13 +306,9 @@ template <int V, class S> __global__ void __launch_bounds__(THREADS) query_backw
 template <class S> const char* run(const Query<S, float>& q, int64_t context) {
   const cudaStream_t stream = reinterpret_cast<cudaStream_t>(context);
   const auto launch = [&](auto V) {
-    if (q.decoder) {   // as many blocks as the GPU runs at once
-      int device = 0, processors = 0;
-      cudaGetDevice(&device);
-      cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-      const int64_t tile = q.grad ? THREADS / 2 : THREADS, tiles = (q.N + tile - 1) / tile;
-      const int64_t wave = (q.grad ? 3 : 6) * processors / q.B + 1;
-      const dim3 grid(unsigned(tiles < wave ? tiles : wave), unsigned(q.B));
+    if (q.decoder) {   // a block has several tiles: it copies the decoder, and adds to its gradient, but once
+      const int64_t points = q.grad ? 16 * THREADS / 2 : 4 * THREADS;
+      const dim3 grid(unsigned((q.N + points - 1) / points), unsigned(q.B));
       if (q.grad) query_backward<V()><<<grid, THREADS, 0, stream>>>(q);
       else query_forward<V()><<<grid, THREADS, 0, stream>>>(q);
     } else {

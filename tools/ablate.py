@@ -6,8 +6,7 @@
 
 Runs follow each other, each in a folder of its own. Called again, it goes on where it was: finished runs are
 passed over, broken ones resumed. It writes table.md (means and deviations over the seeds, at equal images),
-curves.png (distance over images) and samples.png (a row for each variant, of the first seed).
-"""
+curves.png (distance over images) and samples.png (a row for each variant, of the first seed)."""
 
 import dataclasses
 import fcntl
@@ -29,7 +28,8 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 tdgp = importlib.import_module("3dgp")
-read_rows = importlib.import_module("report").read_rows
+evaluate = importlib.import_module("evaluate")
+report = importlib.import_module("report")
 
 
 # ---- What is compared --------------------------------------------------------------------------------------
@@ -84,7 +84,6 @@ EXPERIMENTS = {
     "distillation-2d-32": distillation(flat(32)),  # and of --preset tiny
 }
 SHOWN = r"^(fid|kid|is)\d|precision|recall|nfs|depth_error_render|named_(depth|gray)$|W1"  # in the table
-COLORS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed")  # of the variants, in turn
 
 
 @dataclasses.dataclass
@@ -111,7 +110,7 @@ class Trial:
 
     def read(self):
         """What is known: `asked`; once it is finished `kimg` and what was measured, or why it `failed`."""
-        rows = read_rows(self.folder / "ablation.json")
+        rows = report.read_rows(self.folder / "ablation.json")
         return rows[0] if rows else {}
 
     def write(self, **found):
@@ -121,14 +120,18 @@ class Trial:
 
     def images(self):
         """Seen so far, as the log says."""
-        rows = read_rows(self.folder / "log.jsonl") or [{"kimg": 0}]
+        rows = report.read_rows(self.folder / "log.jsonl") or [{"kimg": 0}]
         return round(1000 * rows[-1]["kimg"])
 
 
 def plan(options):
     """What is wrong with an option is a UserError here, before anything runs.
     -> [Trial], seed by seed, so that a first answer is there early; images of a run"""
-    tdgp.parse_metrics(options.metrics, ("fid", "kid", "is", "pr", "nfs"))
+    metrics = tdgp.parse_metrics(options.metrics, ("fid", "kid", "is", "pr", "nfs"))
+    if not options.detectors.split():
+        raise tdgp.UserError("--detectors is empty: name one, as area8")
+    for detector in options.detectors.split():
+        evaluate.open_detector(detector, "cpu", [kind for kind, _, _ in metrics])
     trials = []
     for seed, variant in itertools.product(range(options.seeds), EXPERIMENTS[options.experiment]):
         try:
@@ -188,7 +191,7 @@ def run(trial, images, options, lock, progress):
         argv = [*common, "--detector", detector]
         if failed := call(HERE / "evaluate.py", argv, trial, lock, progress):
             raise tdgp.UserError(failed)
-        found.update(read_rows(trial.folder / "metrics.jsonl")[-1])
+        found.update(report.read_rows(trial.folder / "metrics.jsonl")[-1])
     yaw, pitch, *_ = found.get("camera_w1_posterior", [None] * 6)
     trial.write(**found, **{"W1 of yaw": yaw, "W1 of pitch": pitch})
 
@@ -198,7 +201,7 @@ def mean_curve(trials):
     """Distance of a variant as training measured it -> [(kimg, mean, deviation)] where all seeds have one"""
     values = {}  # {kimg: {seed: distance}}
     for seed, trial in enumerate(trials):
-        rows = read_rows(trial.folder / "metrics.jsonl")
+        rows = report.read_rows(trial.folder / "metrics.jsonl")
         names = [name for name in rows[0] if name.startswith("fid")] if rows else []
         for row in rows:  # that at 0 kimg is of the untrained generator
             if names and row.get("kimg", 0) > 0 and 0 < row.get(names[0], 0) < math.inf:
@@ -213,10 +216,7 @@ def mean_curve(trials):
 
 def reached(curve, goal):
     """At how many kimg a curve first is at the goal or below."""
-    for kimg, mean, _ in curve:
-        if mean <= goal:
-            return f"{kimg:g}"
-    return "not reached"
+    return next((f"{kimg:g}" for kimg, mean, _ in curve if mean <= goal), "not reached")
 
 
 def spread(values):
@@ -272,7 +272,7 @@ def draw_curves(by_variant):
     draw.text((700, 386), f"{right:g} kimg", "black", font, "ra")
 
     for line, (name, curve) in enumerate(curves.items()):
-        color = COLORS[line]
+        color = report.COLORS[line]
         upper = [at(kimg, mean + deviation) for kimg, mean, deviation in curve]
         lower = [at(kimg, mean - deviation) for kimg, mean, deviation in reversed(curve)]
         if len(curve) > 1:
@@ -303,8 +303,8 @@ def ablate(options):
         raise tdgp.UserError(f"{options.experiment}: must be one of {', '.join(EXPERIMENTS)}")
     if options.seeds < 1:
         raise tdgp.UserError(f"--seeds {options.seeds}: must be positive")
-    out = Path(options.out or Path("runs", f"ablate-{options.experiment}"))
-    options = dataclasses.replace(options, out=str(out))
+    options.out = options.out or f"runs/ablate-{options.experiment}"
+    out = Path(options.out)
     trials, images = plan(options)
 
     out.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ names the solids it sees. Shapes in comments: N reals, M fakes, F features, R re
 import dataclasses
 import importlib
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -76,15 +77,9 @@ def precision_recall(real, fake, k=3):
 def share_covered(x, by, k, part=1000):
     """Share of the rows of x (n, F) that lie in the ball of a row of `by` (m, F), which reaches to the k-th
     neighbour of that row in `by`. `part` rows at a time, which bounds memory. -> float in [0, 1]"""
-    radius = []
-    for rows in by.split(part):
-        distance = torch.cdist(rows, by)  # (part, m)
-        radius.append(distance.kthvalue(k + 1).values)  # the first one is the row itself
-    radius = torch.cat(radius)  # (m,)
-
-    covered = []
-    for rows in x.split(part):
-        covered.append((torch.cdist(rows, by) <= radius).any(1))  # (part,)
+    radius = [torch.cdist(rows, by).kthvalue(k + 1).values for rows in by.split(part)]
+    radius = torch.cat(radius)  # (m,); k + 1, since the nearest row of all is the row itself
+    covered = [(torch.cdist(rows, by) <= radius).any(1) for rows in x.split(part)]
     return float(torch.cat(covered).double().mean())
 
 
@@ -142,10 +137,12 @@ def evaluate_truth(G, data, labels, n=512):
     batch = torch.utils.data.default_collate([data[i] for i in range(n)])
     cameras = compare_cameras(prior, posterior, batch["camera"].to(z.device))
     real = tdgp.real_images(batch, z.device)  # (n, 3 or 4, R, R)
-    true_depth = batch["true_depth"].to(z.device)  # (n, 1, R, R)
     image, depth = render_samples(G, z, c, posterior)
-    compared = compare_depth(G.depth_adaptor, image, depth, real, true_depth)
-    return {**cameras, **compared, **name_solids(G.cfg, image, depth, c)}
+    compared = compare_depth(G.depth_adaptor, image, depth, real, batch["true_depth"].to(z.device))
+    found = {**cameras, **compared, **name_solids(G.cfg, image, depth, c)}
+    if G.cfg.dims == 2:  # such pictures have neither a camera nor depth
+        found = {name: value for name, value in found.items() if "gray" in name}
+    return found
 
 
 def compare_cameras(prior, posterior, true):
@@ -213,8 +210,7 @@ def name_solids(cfg, image, depth, c):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # sums in one order: any number of processes trains the same network
     data = tdgp.ShapesData(dataclasses.replace(cfg, resolution=NAMER_SIZE))
-    items = [data[i] for i in range(NAMER_IMAGES + 512)]
-    batch = torch.utils.data.default_collate(items)
+    batch = torch.utils.data.default_collate([data[i] for i in range(NAMER_IMAGES + 512)])
     real = namer_inputs(tdgp.real_images(batch, c.device)[:, :3], batch["true_depth"].to(c.device))
     samples = namer_inputs(image, depth)
     labels = batch["label"].to(c.device)  # (N,)
@@ -270,15 +266,16 @@ def train_namer(x, labels, num_classes):
 
 # ---- Command line ------------------------------------------------------------------------------------------
 class Detector(tdgp.Detector):
-    """With class probabilities behind the features, of which there are `width`. area8 has none."""
+    """Of features there are `width`; behind them are class probabilities, if `classes` are wanted."""
 
-    def __init__(self, name, device):
+    def __init__(self, name, device, classes):
+        self.classes = classes
         super().__init__(name, device)
         self.width = super().__call__(torch.zeros(1, 4, 64, 64, device=device)).shape[1]
 
     def __call__(self, image):
         parts = [super().__call__(image)]
-        if self.net is not None:
+        if self.classes:
             parts.append(super().__call__(image, "no_output_bias"))
         return torch.cat(parts, 1)
 
@@ -286,38 +283,40 @@ class Detector(tdgp.Detector):
 class TimmDetector:
     """The same of a timm model."""
 
-    def __init__(self, name, device):
-        _, name, weights = f"{name}:".split(":")[:3]
+    def __init__(self, name, device, classes):
+        self.classes = classes
+        name, weights = re.fullmatch(r"timm:((?:hf-hub:|local-dir:)?[^:]*):?(.*)", name).groups()
         self.label = f"[{name}]"  # what stands behind the names of metrics
         self.net = tdgp.Teacher(name, weights).to(device)
         self.width = self.net.dim
 
     def __call__(self, image):
-        features = self.net(image[:, :3].clamp(-1, 1))
-        return torch.cat([features, self.net.model.get_classifier()(features).softmax(1)], 1)
+        parts = [self.net(image[:, :3].clamp(-1, 1))]
+        if self.classes:
+            parts.append(self.net.model.get_classifier()(parts[0]).softmax(1))
+        return torch.cat(parts, 1)
 
 
 def open_detector(name, device, kinds):
     """name: as --detector. -> a detector, or None where no metric of the kinds needs one"""
+    if not kinds:
+        raise tdgp.UserError("--metrics is empty: name what to measure, as in fid50k,nfs256")
     if set(kinds) == {"nfs"}:
         return None
     if name == "area8" and "is" in kinds:
         raise tdgp.UserError("--metrics: area8 has no class probabilities for is; take another --detector")
-    return (TimmDetector if name.startswith("timm:") else Detector)(name, device)
+    return (TimmDetector if name.startswith("timm:") else Detector)(name, device, "is" in kinds)
 
 
 def evaluate_checkpoint(given):
     """Measures a checkpoint over all processes; the first one prints and writes. given: options, a dict"""
     options = EvaluateOptions(**given)
     metrics = tdgp.parse_metrics(options.metrics, ("fid", "kid", "is", "pr", "nfs"))
-    if not metrics:
-        raise tdgp.UserError("--metrics is empty: name what to measure, as in fid50k,nfs256")
     G, path, kimg = load.open_generator(options.resume, options.device)
     G.cfg = dataclasses.replace(G.cfg, data=options.data or G.cfg.data)
     if not G.cfg.data:
         raise tdgp.UserError("--data: name the images to compare with; a published model has none")
     device = next(G.parameters()).device
-
     detector = open_detector(options.detector, device, [kind for kind, _, _ in metrics])
     data = tdgp.open_data(G.cfg)
     if G.cfg.num_classes != data.num_classes:
@@ -332,12 +331,13 @@ def evaluate_checkpoint(given):
     if tdgp.RANK > 0:
         return
 
-    entry = {"kimg": kimg, "data": G.cfg.data, "reals": options.reals, **found}
-    path.parent.mkdir(exist_ok=True)  # there is none yet for a model of the Hub
-    tdgp.append_line(path.with_name("metrics.jsonl"), entry)
+    # First to the terminal: the numbers may have taken hours, and the folder may be another person's.
     for name, value in found.items():
         values = value if isinstance(value, list) else [value]  # of a camera: its six parameters
         print(f"{kimg:g} kimg: {name}", *(f"{x:.4g}" for x in values))
+    entry = {"kimg": kimg, "data": G.cfg.data, "reals": options.reals, **found}
+    path.parent.mkdir(exist_ok=True)  # there is none yet for a model of the Hub
+    tdgp.append_line(path.with_name("metrics.jsonl"), entry)
 
 
 def main(argv=None):

@@ -166,7 +166,7 @@ def plain(text):
     return re.sub(r"([\\`*_\[\]<>#|~$&])", r"\\\1", text)
 
 
-METRICS_HEAD = "\n| metric | value | compared by | samples | with |\n| --- | --- | --- | --- | --- |\n"
+METRICS_HEAD = "\n| metric | value | compared by | samples | with up to |\n| --- | --- | --- | --- | --- |\n"
 
 
 def metrics_table(path, kimg):
@@ -196,14 +196,14 @@ def metric_line(key, value, row):
         return ""
 
     what = f"{plain(key)}: {KINDS[kind]} | {value:.3g}"
-    if kind == "nfs":
-        return f"| {what} | | {n:,} | |\n"
     by = plain(detector.removesuffix("]") or "Inception")
     if detector == "area8]":
         by = "area8: 8x8 averages of colour and depth; no FID of Inception's"
+    if kind in ("nfs", "is"):  # of samples alone
+        return f"| {what} | {by if kind == 'is' else ''} | {n:,} | |\n"
     data = plain(Path(str(row.get("data"))).name)
     reals = row.get("reals") or "all"
-    if kind in ("kid", "precision", "recall"):  # which take as many as samples, at most
+    if kind in ("kid", "precision", "recall"):  # which take as many as samples
         reals = min(n, row.get("reals") or n)
     return f"| {what} | {by} | {n:,} | {plain(reals)} images of {data} |\n"
 

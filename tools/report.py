@@ -51,14 +51,14 @@ def read_run(folder, color):
     if not (folder / "config.json").exists():
         raise tdgp.UserError(f"{folder}: not the folder of a run")
 
-    pictures = sorted(folder.glob("samples-*.png"))
-    pictures = pictures[:: len(pictures) // MOST_PICTURES + 1]
-    return LoggedRun(str(folder), color, read_config(folder), read_curves(folder), pictures)
+    newest_first = sorted(folder.glob("samples-*.png"), reverse=True)
+    some = newest_first[:: len(newest_first) // MOST_PICTURES + 1]
+    return LoggedRun(str(folder), color, read_config(folder), read_curves(folder), some[::-1])
 
 
 def read_config(folder):
     """-> {option: value}, empty if the file is damaged"""
-    text = (folder / "config.json").read_text()
+    text = (folder / "config.json").read_text(errors="replace")
     try:
         return dict(json.loads(text))
     except (ValueError, TypeError):
@@ -68,7 +68,7 @@ def read_config(folder):
 def read_rows(path):
     """The lines of a .jsonl file as dicts, but those that a crash cut short. [] where there is no file"""
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             rows.append(dict(json.loads(line)))
         except (ValueError, TypeError):
@@ -93,11 +93,15 @@ def read_curves(folder):
     """All numbers that the run has logged. -> {(heading, title): [(kimg, value, spread), ...]}"""
     curves = {}
 
-    # Of a kimg that was measured twice, as after going back, the later value stands.
+    # Of a kimg that was measured twice, as after going back, the later value stands; not if it is by more or
+    # fewer images than in training. By other data it is no point of these curves.
     measured = {}
-    for row in read_rows(folder / "metrics.jsonl"):
-        if isinstance(row.get("kimg"), (int, float)):
-            measured.setdefault(row["kimg"], {}).update(row)
+    rows = read_rows(folder / "metrics.jsonl")
+    for row in rows:
+        if isinstance(row.get("kimg"), (int, float)) and row.get("data") == rows[0].get("data"):
+            known = measured.setdefault(row["kimg"], {})
+            same_count = row.get("reals") == rows[0].get("reals")
+            known.update(row if same_count else {**row, **known})
     for _, row in sorted(measured.items()):
         for title, value in row.items():
             add_point(curves, ("Metrics", title), row.get("kimg"), value)

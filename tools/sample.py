@@ -221,7 +221,7 @@ def attempt(failed, name, work, *args):
     """work(*args). Why one of many cannot be made is said, and its name noted; the others are made."""
     try:
         work(*args)
-    except ValueError as e:
+    except (ValueError, tdgp.UserError) as e:
         print(f"sample.py: {name}: {e}", file=sys.stderr)
         failed.append(name)
 
@@ -236,7 +236,21 @@ def open_generator(options):
 
     G, path, kimg = load.open_generator(options.resume, options.device)
     options.resolution = options.resolution or G.cfg.resolution
+    of_scenes = options.mesh, options.points, options.depth, options.turntable, options.video != "none"
+    if G.cfg.dims == 2 and any(of_scenes):
+        what = "this generator (--dims 2) makes pictures, not scenes"
+        raise tdgp.UserError(f"--mesh, --points, --depth, --turntable, --video: {what}")
     return G, path, kimg
+
+
+def check_film(options, classes, seeds):
+    """UserError if the animation of all samples is larger than WebP can be."""
+    together = options.video != "none" and not (options.each or options.interpolate)
+    side = options.resolution * math.ceil(96 / options.resolution)  # small pictures are enlarged
+    longest = side * max(2 * len(seeds), len(classes))
+    if together and longest > 16383:
+        what = f"{longest:,} pixels in a row, of 16,383 at most; take fewer, or --each"
+        raise tdgp.UserError(f"--seeds, --classes: an animation of all has {what}")
 
 
 @torch.no_grad()
@@ -247,7 +261,8 @@ def sample(given):
     seeds = parse_numbers(options.seeds, "--seeds", 2**31)
     count = max(G.cfg.num_classes, 1)
     classes = parse_numbers(options.classes or f"0-{min(8, count) - 1}", "--classes", count)
-    views = turntable.parse_views(options, G.cfg)
+    views = turntable.parse_views(options)
+    check_film(options, classes, seeds)
     out = Path(options.out or path.with_name(f"samples-{kimg:010.3f}"))
     out.mkdir(parents=True, exist_ok=True)
 

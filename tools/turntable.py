@@ -100,7 +100,7 @@ def write_page(path, title, cards, resolution):
 
 
 # ---- The views -------------------------------------------------------------------------------------------
-def parse_views(options, cfg):
+def parse_views(options):
     """--views: "15x5" -> (15, 5), yaws and pitches. UserError for what cannot be rendered or shown."""
     numbers = re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", options.views)
     if not numbers:
@@ -111,8 +111,6 @@ def parse_views(options, cfg):
     if options.turntable and max(yaws, pitches) * options.resolution > LONGEST_SIDE:
         what = f"more than {LONGEST_SIDE:,} pixels in a row at --resolution {options.resolution}"
         raise tdgp.UserError(f"--views {options.views}: {what}")
-    if options.turntable and cfg.dims == 2:
-        raise tdgp.UserError("--turntable: this generator (--dims 2) makes pictures, which do not turn")
     return yaws, pitches
 
 

@@ -23,8 +23,8 @@ Method: Skorokhodov et al., "3D generation on ImageNet", ICLR 2023. The way of o
     camera_regularizer            what keeps the cameras wide
 
 Shapes: B batch, R image resolution (in rendering: rays), P patch resolution, T tri-plane resolution, C its
-features, N points, S samples on a ray. Images, estimated and adapted depth are in [-1, 1], rendered depth is
-in world units, angles are in radians but fov in degrees.
+features, N points, S samples on a ray. Images and estimated depth are in [-1, 1], samples and adapted depth
+nearly: nothing clamps them. Rendered depth is along the ray, in world units; angles are radians, fov degrees.
 """
 
 import argparse
@@ -531,7 +531,7 @@ def signed_distance(solid, points):
 
 class ShapesData:
     """Solids on checkered ground under a sky, from cameras of a known distribution. Item i is a function of i
-    alone: true_depth float32 (1, R, R), world units (sky: cfg.far); camera float32 (6,), camera_parameters"""
+    alone: true_depth (1, R, R), world units (sky: far; some < near); camera (6,), see camera_parameters"""
 
     GROUND = -0.11  # its height
     classes = SOLIDS
@@ -775,7 +775,7 @@ class Conv2d(nn.Module):
 
 
 def fir_filter(x, padding, gain=1.0, stride=1):
-    """Low-pass by the separable [1, 3, 3, 1] / 8, zero padding. (B, C, H, W) -> (B, C, H+2p-3, W+2p-3)"""
+    """Separable low-pass [1, 3, 3, 1] / 8, zeros around. (B, C, H, W) -> (B, C, H+2p-3, W+2p-3) / stride"""
     taps = x.new_tensor([1.0, 3.0, 3.0, 1.0]) * (math.sqrt(gain) / 8)  # (4,)
     weight = (taps[:, None] * taps).expand(x.shape[1], 1, 4, 4)  # (C, 1, 4, 4)
     return F.conv2d(x, weight, None, stride, padding, groups=x.shape[1])
@@ -789,7 +789,7 @@ def upsample(x):
 
 def sample_triplane(planes, points, box):
     """Mean of the bilinear lookups in planes xy, xz, yz (width, then height).
-    planes (B, 3, C, T, T), zero outside; points (B, N, 3); box: half size of the planes -> (B, N, C)"""
+    planes (B, 3, C, T, T), zero outside; points (B, N, 3), same dtype; box: their half size -> (B, N, C)"""
     xy, xz, yz = points[..., :2], points[..., ::2], points[..., 1:]  # (B, N, 2)
     uv = torch.stack([xy, xz, yz], 1).flatten(0, 1) / box  # (3B, N, 2)
     features = F.grid_sample(planes.flatten(0, 1), uv[:, None], align_corners=True)
@@ -951,7 +951,7 @@ def spherical_to_cartesian(yaw, pitch, radius):
 
 
 def cam2world(camera):
-    """Camera-to-world matrices; the camera looks along its own -z, x is right, y is up. -> (B, 4, 4)"""
+    """-> camera-to-world (B, 4, 4). It looks along its own -z, x is right, y up; not straight up or down."""
     origin = spherical_to_cartesian(camera.yaw, camera.pitch, camera.radius)  # (B, 3)
     look_at = spherical_to_cartesian(camera.look_at_yaw, camera.look_at_pitch, camera.look_at_radius)
     forward = F.normalize(look_at - origin)  # (B, 3)
@@ -964,7 +964,7 @@ def cam2world(camera):
 
 def patch_grid(patch, resolution, like):
     """Pixels of len(like) images or patches, corners included: x right, y up, in [-1, 1]. -> (B, H, W, 2)"""
-    line = torch.linspace(-1, 1, resolution, device=like.device)
+    line = torch.linspace(-1, 1, resolution, device=like.device)  # float32
     xy = torch.stack(torch.meshgrid(line, -line, indexing="xy"), -1)  # (H, W, 2)
     xy = xy.expand(len(like), -1, -1, -1)
     if patch is None:
@@ -1036,7 +1036,7 @@ class CameraGenerator(nn.Module):
         self.look_at_adaptor = CameraAdaptor(8, cfg.z_dim, cfg.num_classes, 4, cfg.camera_lr_mult)
 
     def forward(self, prior, z, c):
-        """Prior Camera of B, z (B, z_dim), class int64 (B,) -> posterior Camera, in the prior's ranges"""
+        """Prior Camera (radius 1), z (B, z_dim), c int64 (B,) -> posterior Camera, in the prior's ranges"""
         low, high = self.ranges.unbind(1)  # (6,)
         prior_01 = (camera_parameters(prior) - low) / (high - low)  # (B, 6) in [0, 1]
         yaw, pitch, fov = prior_01[:, :3].unbind(1)  # (B,)
@@ -1112,7 +1112,7 @@ def ray_weights(sigma_raw, depths, cut=False):
     sigma = F.softplus(sigma_raw)
     if cut:  # densities below the median of all are 0
         sigma = sigma * (sigma >= sigma.median())
-    delta = F.pad(depths.diff(), (0, 1), value=1e10)  # (..., S)
+    delta = F.pad(depths.diff(), (0, 1), value=1e10)  # (..., S); the last sample takes what light is left
     alpha = 1 - torch.exp(-delta * sigma)
     transmittance = F.pad(1 - alpha[..., :-1] + 1e-10, (1, 0), value=1.0).cumprod(-1)
     return alpha * transmittance
@@ -1146,7 +1146,7 @@ class TriplaneDecoder(nn.Module):
 
 
 def query_triplane(planes, points, box, decoder, fused):
-    """`decoder(sample_triplane(planes, points, box))`, fused or not.
+    """`decoder(sample_triplane(planes, points, box))`, or fused, where `custom_ops` finds a library.
     planes (B, 3, C, T, T), points (B, N, 3) in world units -> rgb (B, N, 3), sigma_raw (B, N)"""
     if not fused or planes.shape[2] > 32:  # more than custom_ops.cu decodes
         return decoder(sample_triplane(planes, points, box))
@@ -1253,7 +1253,7 @@ def channels(cfg, resolution):
 
 
 class TriplaneBackbone(nn.ModuleDict):
-    """StyleGAN2 synthesis network with 3 x C output channels: blocks b4, b8, ... up to resolution T."""
+    """StyleGAN2 synthesis network with 3 x C output channels: blocks b4, b8, ... up to T, a power of 2."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -1381,7 +1381,7 @@ class Generator(nn.Module):
 
 
 def draw_latents(cfg, n, labels, phase=""):
-    """n draws of z ~ N(0, I), a class out of labels (N,), a prior camera; with a phase always the same."""
+    """n draws of z ~ N(0, I), a class out of labels (N,), a prior camera. A phase seeds torch: same draws."""
     if phase:
         seed_draws(cfg.seed, -1, phase, 0)
     z = torch.randn(n, cfg.z_dim, device=labels.device)  # (n, z_dim)
@@ -1451,7 +1451,7 @@ class DiscriminatorBlock(nn.Module):
 
 
 def minibatch_std(x):
-    """Append the mean standard deviation over groups of consecutive images. (B, C, H, W) -> (B, C+1, H, W)"""
+    """Append the mean standard deviation over each 4 images. (B, C, H, W), B < 4 or 4 n -> (B, C+1, H, W)"""
     size = min(MBSTD_GROUP, len(x))
     variance = x.unflatten(0, (-1, size)).var(dim=1, unbiased=False)  # (B / 4, C, H, W)
     std = (variance + 1e-8).sqrt().mean((1, 2, 3), keepdim=True).repeat_interleave(size, 0)
@@ -1496,7 +1496,7 @@ class Discriminator(nn.Module):
         self.b4 = DiscriminatorEpilogue(channels(cfg, 4), cfg.teacher_dim)
 
     def forward(self, x, c, patch):
-        """image x (B, 3 or 4, P, P), c int64 (B,), patch (B, 3) -> score (B,), features (B, teacher_dim)"""
+        """image x (B, 3 or 4, P, P), c (B,), patch (B, 3) -> score (B,), features (B, teacher_dim) or None"""
         code = self.scalar_enc(patch)  # (B, 828)
         h = self.hyper_mod_mapping(None, code)  # (B, 512)
         for r in self.resolutions:
@@ -1524,7 +1524,7 @@ class Teacher(nn.Module):
         except Exception as e:  # timm and the hub raise many kinds
             reason = " ".join(str(e).split())[:200] or type(e).__name__
             raise UserError(f"teacher {name} {weights}: {reason}; see --teacher, --teacher-weights") from None
-        self.eval().requires_grad_(False)
+        self.requires_grad_(False)
         data = timm.data.resolve_model_data_config(self.model)
         self.size = data["input_size"][-1]
         for name in ("mean", "std"):  # of the colours it was trained with
@@ -1533,8 +1533,8 @@ class Teacher(nn.Module):
         self.dim = self(torch.zeros(1, 3, 8, 8)).shape[1]  # not num_features: some pool to another width
 
     def keep(self, path, count):
-        """From now on features of images, by their numbers below count, are computed once, and kept in a file
-        that processes share; of many images as half floats, to which they then are rounded in any case."""
+        """From now on images need numbers (B,) below count, on the CPU: features are computed once, and kept
+        in a file that processes share; of many images as half floats, to which they are rounded anyway."""
         kind = torch.float32 if count <= 65_536 else torch.float16
         size = count * (self.dim + 1)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1548,7 +1548,7 @@ class Teacher(nn.Module):
         if self.known is not None and self.known[numbers].all():
             return self.features[numbers].to(image)
         x = F.interpolate(image[:, :3], self.size, mode="bicubic", antialias=True)  # (B, 3, size, size)
-        x = self.model.forward_features(((x + 1) / 2 - self.mean) / self.std)
+        x = self.model.eval().forward_features(((x + 1) / 2 - self.mean) / self.std)
         features = self.model.forward_head(x, pre_logits=True).float()
         if self.known is not None:
             self.features[numbers] = features = features.to(self.features)
@@ -1877,7 +1877,7 @@ def discriminator_pass(run, real, numbers, c, patch, rival, scale_mean, weight, 
         loss = loss + now["kd_weight"] * (distance * patch[:, 0] / scale_mean).mean()
         stats.add(kd_distance=distance.mean())
     if r1_due:
-        penalty = r1_penalty(score, image).mean()
+        penalty = r1_penalty(score, image).mean()  # unlike R1 of samples: by the patch before its blur
         loss = loss + penalty * (cfg.r1_gamma / 2 * cfg.r1_interval)
         stats.add(r1=penalty)
     (loss * weight).backward()

@@ -1862,6 +1862,10 @@ def test_teacher_is_the_timm_model(teacher_weights):
     assert features.shape == (2, teacher.dim)
     assert torch.allclose(features, expected, atol=1e-5)
 
+    # It stays frozen as a part of a network that is in training mode.
+    assert torch.equal(torch.nn.Sequential(teacher).train()(image), features)
+    assert torch.equal(teacher(image), features)
+
 
 def test_teacher_refuses_what_it_cannot_load(tmp_path):
     foreign = tmp_path / "x.pth"

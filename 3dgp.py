@@ -698,7 +698,7 @@ def start_worker(_):
 def load_batches(data, cfg, indices):
     """Batches of the data and its mirror image; indices: a list for each. Workers that fail: UserError."""
     how = dict(batch_sampler=indices, worker_init_fn=start_worker, num_workers=cfg.workers)
-    how.update(timeout=max(10, cfg.timeout / 10) * bool(cfg.workers), pin_memory=torch.cuda.is_initialized())
+    how.update(timeout=min(cfg.timeout, 1e5 * cfg.workers), pin_memory=torch.cuda.is_initialized())
     try:
         batches = iter(torch.utils.data.DataLoader(MirroredData(data), **how))
         if hasattr(signal, "SIGCHLD"):  # PyTorch's own handler would raise in the middle of a step
@@ -708,7 +708,7 @@ def load_batches(data, cfg, indices):
         raise UserError(str(e).rpartition("UserError: ")[2].strip()) from None
     except (RuntimeError, OSError, EOFError) as e:
         reason = str(e).partition("\n")[0]
-        hint = "is shared memory, /dev/shm, small? --workers 0 needs none; --resume auto goes on"
+        hint = "large pictures need more --timeout, workers shared memory (/dev/shm) or --workers 0"
         raise UserError(f"--data: data workers fail: {reason}; {hint}") from None
 
 
@@ -1635,7 +1635,7 @@ def gaussian(x):
 def non_flatness_score(depth, near, far, bins=64):
     """exp of the entropy of a depth map's histogram: 1 is a flat wall (paper section 4). (B, ...) -> (B,)"""
     share = (depth.flatten(1).clamp(near, far) - near) / (far - near)  # (B, H W) in [0, 1]
-    histogram = F.one_hot((share * bins).long().clamp(max=bins - 1), bins).double().mean(1)  # (B, bins)
+    histogram = F.one_hot((share * bins).long().clamp(0, bins - 1), bins).double().mean(1)  # (B, bins)
     return torch.special.entr(histogram).sum(1).exp()
 
 
@@ -1937,7 +1937,6 @@ def training_step(run, batch, stats):
     bad_g, w_mean = average_gradients(G, w_sum / share)
     bad_d, stop = average_gradients(run.D, real.new_full([1], bool(run.stop)))  # and whether any must stop
     stats.add(nonfinite_g=bad_g, nonfinite_d=bad_d)
-
     run.opt_g.step()
     run.opt_d.step()
     G.mapping_network.w_avg.lerp_(w_mean, 1 - 0.998)  # a part of StyleGAN2's state; nothing here reads it
@@ -1988,12 +1987,13 @@ def start_second_process(cfg, device):
     return [second]
 
 
-def join_processes(device, timeout=600):
-    """Waits for the other processes. From then on one that is silent for so many seconds ends the run."""
+def join_processes(device, timeout=600, step=0):
+    """Waits for the others, all at one step. Then one that is silent for so many seconds ends the run."""
     if WORLD > 1 and not dist.is_initialized():
         limit = datetime.timedelta(seconds=timeout)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=limit)
-    mean_over_processes(torch.zeros(1, device=device))
+    if mean_over_processes(torch.tensor(step, dtype=torch.double, device=device)) != step:
+        raise UserError("processes go on from different checkpoints; all of them must see the same --out")
 
 
 def append_line(path, entry):
@@ -2148,7 +2148,7 @@ def evaluate(run, detector, reals):
     of processes. detector: None where none needs one; reals: mean, covariance of its features of the data"""
     cfg = run.cfg
     wanted = parse_metrics(cfg.metrics)
-    most = {kind: n for kind, _, n in sorted(wanted, key=lambda metric: metric[2])}  # the largest n stays
+    most = dict(sorted((kind, n) for kind, _, n in wanted))  # of a kind the largest n comes last, and stays
     fake, flat = measure_samples(run.G_ema, run.labels, detector, most.get("fid", 0), most.get("nfs", 0))
     entry = dict(kimg=run.kimg, data=cfg.data, reals=cfg.reals)
     for kind, count, n in wanted:
@@ -2174,7 +2174,7 @@ def train_until_trouble(cfg, state, stop, second):  # noqa: C901, PLR0915 (the l
     second += start_second_process(cfg, device)
     say(f"{cfg.data}: {len(run.data)} images, {cfg.num_classes} classes; {WORLD} x {device}; {cfg.out}")
     detector = Detector(cfg.detector, device) if "fid" in cfg.metrics else None
-    join_processes(device, cfg.timeout)  # all have opened their checkpoint: from here on one may be renamed
+    join_processes(device, cfg.timeout, run.step)  # all have opened their checkpoint: now one may be renamed
     if RANK == 0:
         begin_folder(run)
         snapshot(run)  # even of a run that goes on: its configuration may be another one
@@ -2295,8 +2295,8 @@ def parse_options(options, prog, description, argv=None, positional=()):
     return vars(parser.parse_args(argv))
 
 
-POSITIVE = "batch_size triplane_features channel_base channel_max adaptor_channels z_dim w_dim fine_samples"
-POSITIVE += " box r1_interval patch_beta timeout kimg snapshot_kimg log_kimg metrics_kimg"
+POSITIVE = """batch_size triplane_features channel_base channel_max adaptor_channels z_dim w_dim fine_samples
+    box r1_interval patch_beta timeout kimg snapshot_kimg log_kimg metrics_kimg"""
 
 
 def validate(cfg, world):
@@ -2373,7 +2373,7 @@ def run_program(name, work):
     try:
         work()
         print(end="", flush=True)  # tools print without: os._exit below would lose that
-    except (UserError, OSError) as e:
+    except (UserError, OSError, torch.OutOfMemoryError) as e:  # the last one of a GPU
         status = 2
         if LOCAL_RANK == 0 or dist.is_initialized():  # once per machine, or where it happened
             print(f"{name}: error: {e}", file=sys.stderr)

@@ -623,6 +623,13 @@ def test_data_workers_that_hang_or_die_are_an_error(tmp_path, monkeypatch, reads
         worker.kill()
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_timeout_may_mean_never(tmp_path, workers):
+    data = data_of(make_folder(tmp_path / "a"), depth="none")
+    batch = next(m.load_batches(data, micro(workers=workers, timeout=1e9), [range(4)]))
+    assert len(batch["image"]) == 4
+
+
 def test_photographs_may_be_large(tmp_path, capsys):
     root = make_folder(tmp_path / "a", each=2)
     PIL.Image.new("1", (20_000, 10_000), 1).save(root / "cat" / "large.png")  # 200 megapixels, a small file
@@ -2138,6 +2145,7 @@ def test_non_flatness_ends():
     ramp = torch.linspace(0.75, 1.2499, 6400)[None]
     assert float(m.non_flatness_score(wall, 0.75, 1.25)) == pytest.approx(1)
     assert float(m.non_flatness_score(ramp, 0.75, 1.25)) == pytest.approx(64, rel=1e-3)
+    assert m.non_flatness_score(wall * math.nan, 0.75, 1.25).isfinite()  # of networks that diverged
 
 
 def test_rows_and_statistics_are_gathered_from_parts():
@@ -3054,6 +3062,14 @@ def test_a_checkpoint_may_name_metrics_of_before(run, tmp_path):
     assert m.load_checkpoint(tmp_path)[2]["images"] == 48
 
 
+def test_a_full_gpu_is_one_line(capsys):
+    def work():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    assert m.run_program("3dgp.py", work) == 2
+    assert capsys.readouterr().err == "3dgp.py: error: CUDA out of memory. Tried to allocate 2.00 GiB.\n"
+
+
 @pytest.mark.parametrize("resume", ["", "auto"])
 def test_of_runs_that_begin_at_the_same_moment_one_gets_the_folder(tmp_path, capsys, resume):
     given = dict(MICRO, out=str(tmp_path / "run"), kimg=0.016, resume=resume)
@@ -3085,7 +3101,7 @@ def test_before_the_first_batch_a_signal_ends_the_program_at_once(tmp_path, sign
 def test_data_workers_that_fail_name_the_usual_cause(tmp_path, monkeypatch):
     data = data_of(make_folder(tmp_path / "a"), depth="none")
     monkeypatch.setattr(m.ImageData, "decode", dies)
-    with pytest.raises(m.UserError, match="shared memory, /dev/shm, small.*--workers 0"):
+    with pytest.raises(m.UserError, match="more --timeout.*/dev/shm.*--workers 0"):
         next(m.load_batches(data, micro(workers=1, timeout=2.0), [range(4)]))
 
 
@@ -3142,6 +3158,22 @@ def test_no_process_waits_for_one_that_hangs(tmp_path):
     assert_waited_in_vain(a)
     b.send_signal(signal.SIGCONT)
     assert_waited_in_vain(b)
+
+
+def test_processes_that_would_go_on_from_different_checkpoints_end(tmp_path):
+    """As of two machines that do not share the run's folder."""
+    first = train_micro(tmp_path / "first", kimg=0.032)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    outs = (first, tmp_path / "second")
+    processes = [start_training(out, k, 2, port, resume="auto", kimg=0.064) for k, out in enumerate(outs)]
+    for status, errors in end(processes, 120):
+        assert status == 2
+        assert "from different checkpoints; all of them must see the same --out" in errors
+        assert "Traceback" not in errors
+    assert checkpoint(first)["step"] == 2
+    assert not list(outs[1].glob("checkpoint-*"))
 
 
 SPOILER = """

@@ -174,7 +174,7 @@ SHORT = dict(
     z_dim=64, w_dim=64, mapping_lr_mult=0.1, camera_lr_mult=1.0, camera_reg_units="range",
     camera_reg_weights=(10.0, 3.0, 2.5, 0.25), camera_reg_kimg=2, density_noise_kimg=2, blur_sigma=2.0,
     blur_kimg=1, batch_size=8, loss="relativistic", g_lr=0.006, d_lr=0.0045, lr_decay=0.5, r1_gamma=0.5,
-    metrics="fid1k,nfs64", detector="area8", reals=1024, workers=1,
+    metrics="fid1k,nfs64", detector="area8", reals=1024, workers=1, patch_kimg=50,
 )
 PRESETS = {
     "tiny": dict(
@@ -182,8 +182,8 @@ PRESETS = {
         ema_kimg=2, kimg=42, snapshot_kimg=4, log_kimg=0.25, metrics_kimg=4,
     ),
     "small": dict(
-        SHORT, resolution=64, channel_base=2048, coarse_samples=12, fine_samples=12, adaptor_kimg=200,
-        patch_kimg=50, ema_kimg=4, kimg=150, snapshot_kimg=10, log_kimg=1, metrics_kimg=10,
+        SHORT, resolution=64, channel_base=2048, coarse_samples=12, fine_samples=12, ema_kimg=4, kimg=92,
+        camera_reg_weights=(5.0, 3.0, 2.5, 0.25), lr_decay=0.2, snapshot_kimg=10, log_kimg=1, metrics_kimg=10,
     ),
     "base": {},
     "imagenet": dict(channel_base=65536, channel_max=1024),
@@ -215,7 +215,7 @@ GUARD_NONFINITE = 0.01  # more than this share of the gradients is not finite
 GUARD_LOSS = 20  # D is saturated: a loss is larger than this
 GUARD_SLOW_KIMG = 200  # after going back the learning rates are halved for so long
 GUARD_TRIES = 5  # the run ends after so many recoveries
-MBSTD_GROUP = 4  # mini-batch standard deviation compares so many images; they share one patch
+MBSTD_GROUP = 4  # mini-batch standard deviation compares so many images; they share patch and adaptor choice
 
 
 def schedules(cfg, kimg):
@@ -987,14 +987,14 @@ def camera_rays(camera, resolution, patch=None):
 def sample_patch(cfg, n, kimg):
     """n random patches (n, 3), MBSTD_GROUP consecutive ones the same: scale ~ s_min + (1 - s_min) Beta(1, b),
     as a share of the image's side, and offset of its left and bottom in [0, 1 - scale]."""
-    groups = -(-n // MBSTD_GROUP)
+    groups = n // MBSTD_GROUP
     s_min = cfg.patch_resolution / cfg.resolution
     b = schedules(cfg, kimg)["patch_beta"]
     beta = 1 - torch.rand(groups, dtype=torch.float64) ** (1 / b)  # by inversion
     scale = s_min + (1 - s_min) * beta
     offset = torch.rand(groups, 2, dtype=torch.float64) * (1 - scale[:, None])
     patch = torch.cat([scale[:, None], offset], 1).float()  # (groups, 3)
-    return patch.repeat_interleave(MBSTD_GROUP, 0)[:n]
+    return patch.repeat_interleave(MBSTD_GROUP, 0)
 
 
 def extract_patch(image, patch, resolution):
@@ -1297,14 +1297,15 @@ class DepthAdaptor(nn.Module):
 
 
 def sample_adaptor_choice(cfg, n, kimg):
-    """Which candidate each of n training samples takes. -> int64 (n,)"""
+    """Which candidate n training samples take, MBSTD_GROUP consecutive ones the same. -> int64 (n,)"""
     if cfg.depth_adaptor == "random":  # linear in the index; the first one's probability is on a schedule
         first = schedules(cfg, kimg)["raw_depth_share"]
         probabilities = first + torch.arange(4) * (1 - 4 * first) / 6
     else:
         last = {"never": 0.0, "half": 0.5, "always": 1.0}[cfg.depth_adaptor]
         probabilities = torch.tensor([1 - last, 0.0, 0.0, last])
-    return torch.multinomial(probabilities, n, replacement=True)
+    choice = torch.multinomial(probabilities, n // MBSTD_GROUP, replacement=True)
+    return choice.repeat_interleave(MBSTD_GROUP)
 
 
 class Generator(nn.Module):
@@ -1906,16 +1907,15 @@ def training_step(run, batch, stats):
     c = batch["label"].to(real.device)  # (share,)
     numbers = batch["number"]
     share = cfg.batch_size // WORLD
+    for adam in (run.opt_g, run.opt_d):  # by the options, not by those of a checkpoint
+        adam.param_groups[0].update(adam.defaults, lr=adam.defaults["lr"] * now["lr_factor"])
+        adam.zero_grad()
 
     # Patches are shared by reals and fakes. Each process draws all: distillation needs the mean scale.
     seed_draws(train_seed(cfg), run.step, "patches", 0)
     patches = sample_patch(cfg, cfg.batch_size, run.kimg)  # of the whole batch
     scale_mean = float(patches[:, 0].mean())
     patches = patches.split(share)[RANK].to(real.device)  # of this process
-
-    for adam in (run.opt_g, run.opt_d):  # by the options, not by those of a checkpoint
-        adam.param_groups[0].update(adam.defaults, lr=adam.defaults["lr"] * now["lr_factor"])
-        adam.zero_grad()
 
     # Gradients of G, and of D on what G makes and on photographs, pass by pass; of the camera regulariser.
     G.density_noise = now["density_noise"]

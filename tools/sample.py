@@ -221,7 +221,7 @@ def attempt(failed, name, work, *args):
     """work(*args). Why one of many cannot be made is said, and its name noted; the others are made."""
     try:
         work(*args)
-    except (ValueError, tdgp.UserError) as e:
+    except ValueError as e:
         print(f"sample.py: {name}: {e}", file=sys.stderr)
         failed.append(name)
 

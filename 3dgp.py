@@ -985,8 +985,8 @@ def camera_rays(camera, resolution, patch=None):
 
 
 def sample_patch(cfg, n, kimg):
-    """n random patches (n, 3), MBSTD_GROUP consecutive ones the same: scale ~ s_min + (1 - s_min) Beta(1, b),
-    as a share of the image's side, and offset of its left and bottom in [0, 1 - scale]."""
+    """n random patches (n, 3), a multiple of MBSTD_GROUP, so many in a row the same: scale ~ s_min + (1 - s_min)
+    Beta(1, b), as a share of the image's side, and offset of its left and bottom in [0, 1 - scale]."""
     groups = n // MBSTD_GROUP
     s_min = cfg.patch_resolution / cfg.resolution
     b = schedules(cfg, kimg)["patch_beta"]
@@ -1297,7 +1297,7 @@ class DepthAdaptor(nn.Module):
 
 
 def sample_adaptor_choice(cfg, n, kimg):
-    """Which candidate n training samples take, MBSTD_GROUP consecutive ones the same. -> int64 (n,)"""
+    """Which candidates n samples take, a multiple of MBSTD_GROUP, so many in a row the same. -> int64 (n,)"""
     if cfg.depth_adaptor == "random":  # linear in the index; the first one's probability is on a schedule
         first = schedules(cfg, kimg)["raw_depth_share"]
         probabilities = first + torch.arange(4) * (1 - 4 * first) / 6

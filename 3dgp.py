@@ -985,7 +985,7 @@ def camera_rays(camera, resolution, patch=None):
 
 
 def sample_patch(cfg, n, kimg):
-    """n random patches (n, 3), a multiple of MBSTD_GROUP, so many in a row the same: scale ~ s_min + (1 - s_min)
+    """n random patches (n, 3), MBSTD_GROUP in a row the same (it divides n): scale ~ s_min + (1 - s_min)
     Beta(1, b), as a share of the image's side, and offset of its left and bottom in [0, 1 - scale]."""
     groups = n // MBSTD_GROUP
     s_min = cfg.patch_resolution / cfg.resolution

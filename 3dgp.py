@@ -130,7 +130,7 @@ class Config:
     depth_adaptor: str = opt("random", "how often D sees adapted depth", "random", "never", "half", "always")
     adaptor_kimg: float = opt(10_000, "share of un-adapted depth falls from 1/4 to 0.1 over this (random)")
     teacher: str = opt("none", "frozen classifier to distil: a timm name, or none (published: resnet50)")
-    teacher_weights: str = opt("", "local file of its weights; without --teacher of tf_efficientnet_lite0")
+    teacher_weights: str = opt("", "local file of its weights; without a teacher of tf_efficientnet_lite0")
     kd_weight: float = opt(1.0, "initial weight of the distillation")
     kd_kimg: float = opt(100_000, "the distillation's weight falls to 0 over this")
     # patches, blur, noise
@@ -149,9 +149,9 @@ class Config:
     d_lr: float = opt(0.002, "discriminator's learning rate")
     lr_decay: float = opt(0.0, "both learning rates fall to 0 over this last share of the run (published: 0)")
     mapping_lr_mult: float = opt(0.01, "learning-rate multiplier of the generator's mapping network")
-    r1_gamma: float = opt(0.05, "weight of R1 (imagenet's; in base else 0.0002 x resolution² / batch size)")
+    r1_gamma: float = opt(0.05, "weight of R1 (ImageNet's; else base, imagenet: 0.0002 x size² / batch size)")
     r1_interval: int = opt(16, "R1 is computed every so many steps")
-    ema_kimg: float = opt(20, "half life of the generator's moving average (in base 0.3125 x batch size)")
+    ema_kimg: float = opt(20, "half life of G's moving average (base, imagenet: 0.3125 x batch size)")
     ema_rampup: float = opt(0.05, "the half life is at most this share of the images seen")
     precision: str = opt("tf32", "arithmetic of the networks; on CPUs tf32 is fp32", "fp32", "tf32", "bf16")
     fused: bool = opt(True, "look points up with custom_ops.cu where it compiles, not by PyTorch alone")
@@ -219,7 +219,7 @@ MBSTD_GROUP = 4  # mini-batch standard deviation compares so many images; they s
 
 
 def schedules(cfg, kimg):
-    """What changes with the number of images seen: linearly, then constant. -> {name: number}"""
+    """What changes with the images seen: linearly, then constant (lr_factor: last). -> {name: number}"""
 
     def linear(start, end, over):
         return end if kimg >= over else start + (end - start) * kimg / over
@@ -368,7 +368,7 @@ def depth_name(name):
 
 
 class Names(dict):
-    """What belongs to names of files: of the name as it is, or in other letters (case, accents), or None."""
+    """A dict by names of files. A missing one is sought in lower case, its accents in one form; then None."""
 
     def __init__(self, table):
         super().__init__({normalize("NFC", name.lower()): value for name, value in table.items()} | table)
@@ -531,7 +531,7 @@ def signed_distance(solid, points):
 
 class ShapesData:
     """Solids on checkered ground under a sky, from cameras of a known distribution. Item i is a function of i
-    alone: true_depth (1, R, R), world units (sky: far; some < near); camera (6,), see camera_parameters"""
+    alone: true_depth (1, R, R), world units (sky: far; some < near); camera (6,), fov at 32² 1.6% too wide"""
 
     GROUND = -0.11  # its height
     classes = SOLIDS
@@ -586,7 +586,7 @@ class ShapesData:
         checkers = np.floor(xz / 0.1).sum(1, keepdims=True) % 2
         shadow = np.exp(-((xz - center[::2]) ** 2).sum(1, keepdims=True) / size**2)
         ground = (0.42 + 0.3 * checkers) * (1 - 0.55 * shadow) * np.array([1.0, 0.93, 0.82])
-        fog = np.clip((depth[:, None] - 1.1) / (self.cfg.far - 1.1), 0, 1) ** 2
+        fog = np.clip((depth[:, None] / self.cfg.far - 0.88) / 0.12, 0, 1) ** 2
         color = ground + fog * (sky - ground)
         # Sphere tracing, in the solid's own frame and in units of its size.
         start = turn @ (origin - center) / size
@@ -914,7 +914,7 @@ class Camera(typing.NamedTuple):
 
 
 def rows(t, index):
-    """The rows of an index, as a slice, of every tensor in a named tuple."""
+    """x[index] of every tensor x in a named tuple. index: a slice, list or tensor"""
     return t._make(x[index] for x in t)
 
 
@@ -1084,9 +1084,8 @@ def stratified_depths(near, far, shape, samples, random, device):
     """Depths of the coarse samples: one in each interval between midpoints of an even grid. -> (*shape, S)"""
     grid = torch.linspace(near, far, samples, device=device)  # (S,)
     edges = torch.cat([grid[:1], (grid[1:] + grid[:-1]) / 2, grid[-1:]])  # (S+1,)
-    size = (*shape, samples)
-    u = torch.rand(size, device=device) if random else torch.full(size, 0.5, device=device)
-    return edges[:-1] + edges.diff() * u
+    u = torch.rand(*shape, samples, device=device) if random else 0.5
+    return (edges[:-1] + edges.diff() * u).expand(*shape, -1)
 
 
 @torch.no_grad()
@@ -1297,7 +1296,7 @@ class DepthAdaptor(nn.Module):
 
 
 def sample_adaptor_choice(cfg, n, kimg):
-    """Which candidates n samples take, a multiple of MBSTD_GROUP, so many in a row the same. -> int64 (n,)"""
+    """Depth candidates of n samples, a multiple of MBSTD_GROUP; so many in a row take one. -> int64 (n,)"""
     if cfg.depth_adaptor == "random":  # linear in the index; the first one's probability is on a schedule
         first = schedules(cfg, kimg)["raw_depth_share"]
         probabilities = first + torch.arange(4) * (1 - 4 * first) / 6
@@ -1345,27 +1344,27 @@ class Generator(nn.Module):
         return rgb.view(*depths.shape, 3), sigma_raw.view(depths.shape)
 
     def sample_rays(self, planes, origins, directions, cut=False):
-        """Samples on rays (B, R, 3), in order -> rgb (B, R, S, 3), sigma_raw (B, R, S), depths (B, R, S)"""
+        """S even and K fine samples on rays (B, R, 3), sorted -> rgb (B, R, S + K, 3), sigma_raw, depths"""
         cfg = self.cfg
         shape = directions.shape[:2]
         coarse = stratified_depths(cfg.near, cfg.far, shape, cfg.coarse_samples, self.training, planes.device)
-        rgb, sigma = self.query(planes, origins, directions, coarse)  # (B, R, S, 3), (B, R, S)
+        rgb, sigma_raw = self.query(planes, origins, directions, coarse)  # (B, R, S, 3), (B, R, S)
 
         # Where the fine samples are taken is decided with distances in units of far - near.
-        weights = ray_weights(sigma, (coarse - cfg.near) / (cfg.far - cfg.near), cut)  # (B, R, S)
+        weights = ray_weights(sigma_raw, (coarse - cfg.near) / (cfg.far - cfg.near), cut)  # (B, R, S)
         u = (torch.arange(cfg.fine_samples, device=planes.device) + 0.5) / cfg.fine_samples
         u = torch.rand(*shape, len(u), device=u.device) if self.training else u.expand(*shape, -1)
         fine = importance_depths(coarse, weights, u)  # (B, R, K)
-        fine_rgb, fine_sigma = self.query(planes, origins, directions, fine)
+        fine_rgb, fine_sigma_raw = self.query(planes, origins, directions, fine)
 
-        depths, order = torch.cat([coarse, fine], -1).sort(-1)  # (B, R, S)
-        each_channel = order[..., None].expand(-1, -1, -1, 3)
-        rgb = torch.cat([rgb, fine_rgb], -2).gather(-2, each_channel)
-        return rgb, torch.cat([sigma, fine_sigma], -1).gather(-1, order), depths
+        depths, order = torch.cat([coarse, fine], -1).sort(-1)  # (B, R, S + K)
+        rgb = torch.cat([rgb, fine_rgb], -2).take_along_dim(order[..., None], -2)
+        sigma_raw = torch.cat([sigma_raw, fine_sigma_raw], -1).gather(-1, order)
+        return rgb, sigma_raw, depths
 
     def render(self, planes, camera, resolution, patch=None, chunk=2**14, cut=False):
         """planes (B, 3, C, T, T), a Camera and, maybe, patches (B, 3) -> rgb (B, 3, H, W), depth (B, 1, H, W)
-        Evaluation: `chunk` rays at a time, to bound memory, but with cut: densities below the median are 0"""
+        Evaluation: `chunk` rays at a time. With cut (NFS alone) densities below the median of all are 0"""
         if self.cfg.dims == 2:  # one feature of each plane is a channel of the picture
             image = extract_patch(planes[:, :, 0], patch, resolution)
             return image, torch.zeros_like(image[:, :1])
@@ -1778,7 +1777,7 @@ class Run:
     done: bool = False
 
     @property
-    def images(self):
+    def images(self):  # seen so far
         return self.step * self.cfg.batch_size
 
     @property
@@ -1801,7 +1800,7 @@ def build(cfg, device):
     G = Generator(cfg).to(device)
     D = Discriminator(cfg).to(device)
     G_ema = copy.deepcopy(G).eval().requires_grad_(False)
-    ratio = cfg.r1_interval / (cfg.r1_interval + 1)  # as published, where R1 is one more step
+    ratio = cfg.r1_interval / (cfg.r1_interval + 1)  # as published, where R1 is one more step; here it is not
     opt_g = torch.optim.Adam(G.parameters(), cfg.g_lr, (0.0, 0.99), fused=True)
     opt_d = torch.optim.Adam(D.parameters(), cfg.d_lr * ratio, (0.0, 0.99**ratio), fused=True)
     return dict(G=G, D=D, G_ema=G_ema, opt_g=opt_g, opt_d=opt_d)
@@ -1823,9 +1822,9 @@ class Averages(dict):
 
 
 def generator_pass(run, real, c_real, patch, number, weight, stats):
-    """Gradients of G, and of D on what G makes: one pass of each network serves both losses. real, c_real:
-    what samples are paired with; weight: share of the process's images; number: of this pass in the whole
-    batch, for its draws. -> sum of w (w_dim,), what the scores of photographs are compared with"""
+    """Gradients of G, and of D on what G makes: one pass of a sample through each network serves both losses.
+    real, c_real: what samples are paired with; weight: share of the process's images; number: of this pass in
+    the whole batch, for its draws. -> sum of w (w_dim,), what the scores of photographs are compared with"""
     cfg = run.cfg
     sigma = schedules(cfg, run.kimg)["blur_sigma"]
     paired = cfg.loss == "relativistic"
@@ -1844,7 +1843,7 @@ def generator_pass(run, real, c_real, patch, number, weight, stats):
         with torch.no_grad(), autocast(cfg, z.device):
             rival, _ = run.D(photo, c, patch)  # (B,)
 
-    # D's graph begins at the image, so that D's own loss does not reach G.
+    # D's graph begins at the image: D's own loss does not reach G, and G's, by `grad` alone, not D's weights.
     seen = image.detach().requires_grad_()
     with autocast(cfg, z.device, not r2_due):
         score, _ = run.D(seen, c, patch)  # (B,)
@@ -2258,7 +2257,7 @@ def write_samples(G, labels, path):
     scenes, views = (16, 4) if G.cfg.dims == 3 else (64, 1)
     z, _, prior = draw_latents(G.cfg, scenes, labels, "samples")
     c = torch.arange(scenes, device=z.device) % max(1, G.cfg.num_classes)
-    camera = G.pose(prior, z, c)  # of B
+    camera = G.pose(prior, z, c)  # of all scenes
     yaws = camera.yaw.mean() + torch.linspace(-0.3, 0.3, views, device=z.device)
     cells = []
     for i in torch.arange(scenes, device=z.device).split(1):
@@ -2296,7 +2295,8 @@ def parse_options(options, prog, description, argv=None, positional=()):
 
 
 POSITIVE = """batch_size triplane_features channel_base channel_max adaptor_channels z_dim w_dim fine_samples
-    box r1_interval patch_beta timeout kimg snapshot_kimg log_kimg metrics_kimg"""
+    box r1_interval patch_beta timeout kimg snapshot_kimg log_kimg metrics_kimg
+    mapping_lr_mult camera_lr_mult"""
 
 
 def validate(cfg, world):

@@ -444,6 +444,16 @@ def test_shapes_depth_agrees_with_its_camera():
     assert (lowest_row[:, 1] - data.GROUND).abs().max() < 2e-3
 
 
+def test_shapes_can_be_seen_with_rays_of_any_length():
+    """Fog hides the ground near the end of rays alone, wherever that is."""
+    for far in (1.05, 1.1, 1.5):
+        item = m.ShapesData(dataclasses.replace(m.make_config({}), far=far))[3]
+        depth = item["true_depth"][0]
+        ground = item["image"][:, depth < 0.9 * far].float()
+        sky = item["image"][:, depth == far].float()
+        assert ground.mean() < sky.mean() - 50
+
+
 def test_true_cameras_differ_from_the_prior_and_by_class():
     data = m.ShapesData(m.make_config({}))
     rng = np.random.default_rng(0)
@@ -3712,6 +3722,7 @@ BAD_INPUT = [
     (["--batch-size", "6"], "multiple of 4"),
     (["--batch-gpu", "6"], "2 images in a pass are not a multiple of 4"),
     (["--kimg", "0"], "--kimg 0.0: must be positive"),
+    (["--mapping-lr-mult", "0"], "--mapping-lr-mult 0.0: must be positive"),
     (["--r1-gamma", "nan"], "--r1-gamma: not a finite number"),
     (["--seed", "-1"], "--seed: must not be negative"),
     (["--prior-fov", "45", "10"], "--prior-fov: the first number must be less"),

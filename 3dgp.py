@@ -99,7 +99,7 @@ class Config:
     # sizes; the first two are no options, they are set from the data and the teacher
     num_classes: int = 0  # 0: none
     teacher_dim: int = 0  # size of the teacher's features; 0: no distillation head
-    dims: int = opt(3, "2: the backbone paints the picture itself (StyleGAN2); needs --depth none", 2, 3)
+    dims: int = opt(3, "2: the backbone paints pictures, StyleGAN2; with --depth none --camera frontal", 2, 3)
     resolution: int = opt(256, "image resolution")
     patch_resolution: int = opt(64, "patch resolution: what is rendered and what the discriminator sees")
     triplane_resolution: int = opt(512, "tri-plane resolution T")

@@ -586,7 +586,7 @@ class ShapesData:
         checkers = np.floor(xz / 0.1).sum(1, keepdims=True) % 2
         shadow = np.exp(-((xz - center[::2]) ** 2).sum(1, keepdims=True) / size**2)
         ground = (0.42 + 0.3 * checkers) * (1 - 0.55 * shadow) * np.array([1.0, 0.93, 0.82])
-        fog = np.clip((depth[:, None] / self.cfg.far - 0.88) / 0.12, 0, 1) ** 2
+        fog = ((depth[:, None] - 0.88 * self.cfg.far) / (self.cfg.far - 0.88 * self.cfg.far)).clip(0, 1) ** 2
         color = ground + fog * (sky - ground)
         # Sphere tracing, in the solid's own frame and in units of its size.
         start = turn @ (origin - center) / size

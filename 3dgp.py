@@ -130,7 +130,7 @@ class Config:
     depth_adaptor: str = opt("random", "how often D sees adapted depth", "random", "never", "half", "always")
     adaptor_kimg: float = opt(10_000, "share of un-adapted depth falls from 1/4 to 0.1 over this (random)")
     teacher: str = opt("none", "frozen classifier to distil: a timm name, or none (published: resnet50)")
-    teacher_weights: str = opt("", "local file of its weights; without a teacher of tf_efficientnet_lite0")
+    teacher_weights: str = opt("", "local file of its weights (no --teacher: tf_efficientnet_lite0's)")
     kd_weight: float = opt(1.0, "initial weight of the distillation")
     kd_kimg: float = opt(100_000, "the distillation's weight falls to 0 over this")
     # patches, blur, noise
@@ -586,7 +586,8 @@ class ShapesData:
         checkers = np.floor(xz / 0.1).sum(1, keepdims=True) % 2
         shadow = np.exp(-((xz - center[::2]) ** 2).sum(1, keepdims=True) / size**2)
         ground = (0.42 + 0.3 * checkers) * (1 - 0.55 * shadow) * np.array([1.0, 0.93, 0.82])
-        fog = ((depth[:, None] - 0.88 * self.cfg.far) / (self.cfg.far - 0.88 * self.cfg.far)).clip(0, 1) ** 2
+        clear = 0.88 * self.cfg.far  # up to here
+        fog = np.clip((depth[:, None] - clear) / (self.cfg.far - clear), 0, 1) ** 2
         color = ground + fog * (sky - ground)
         # Sphere tracing, in the solid's own frame and in units of its size.
         start = turn @ (origin - center) / size
@@ -1592,9 +1593,8 @@ def camera_regularizer(G, kimg):
     z, c, prior = draw_latents(cfg, 256, every_class)  # (256, z_dim), (256,), Camera of 256
     parameters = camera_parameters(G.camera_generator(prior, z, c))  # (256, 6)
 
-    # The mean direction stays in the middle of the prior.
     center = (parameters[:, :2].mean(0) - ranges[:2].mean(1)).norm()  # scalar
-    loss = cfg.camera_center * center
+    loss = cfg.camera_center * center  # the mean direction stays in the middle of the prior
 
     # Each parameter keeps some of the prior's spread. 64 of the samples are enough for that.
     few = rows(prior, slice(64))  # Camera of 64

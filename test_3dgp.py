@@ -4053,6 +4053,13 @@ def start_preparation(rank, *argv, world=2, stdout=subprocess.DEVNULL):
     )
 
 
+def stop_session(leader):
+    """SIGSTOP to a session, and wait until all of it stands: a running process goes on for a moment."""
+    os.killpg(leader.pid, signal.SIGSTOP)
+    states = ["ps", "-o", "stat=", "-s", str(leader.pid)]
+    wait_for(lambda: all(state[0] == "T" for state in subprocess.check_output(states, text=True).split()))
+
+
 def many_photographs(folder):
     """120 photographs with ready maps, and a broken one -> their folder, options of a slow preparation"""
     root = make_folder(folder / "photos", each=60, depth=True)
@@ -4081,7 +4088,7 @@ def test_of_two_preparations_of_one_folder_one_waits(tmp_path, target, killed, w
     begun = target.with_suffix(".unfinished") if target.suffix else target
     wait_for(lambda: len(list(begun.rglob("*_depth.png"))) >= 5 and len(list(begun.glob(".lock-*"))) == world)
     for process in first:
-        os.killpg(process.pid, signal.SIGSTOP)
+        stop_session(process)
     made = len(list(begun.rglob("*.png")))
 
     # One that would make something else says so at once; one that would make the same waits.

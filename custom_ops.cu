@@ -7,7 +7,7 @@
 // PyTorch's grid_sample takes channels first: neighbouring channels of a pixel lie T² numbers apart, the results of all
 // planes are written before they are averaged, and the backward adds channel by channel. Here a corner of a cell is one
 // run of C numbers, which neighbouring threads (GPU) or vector lanes (CPU) read together, and nothing but the result is
-// written. The backward computes features and hidden units again, which costs less than to store and read them.
+// written. The backward computes features and hidden units again: nobody keeps them in between.
 //
 // 3dgp.py checks, allocates and calls by plain C pointers: without a header of PyTorch this compiles in seconds.
 // Sums are float32 whatever the planes are (float64 for float64, which is for tests).
@@ -27,7 +27,7 @@ constexpr bool GPU = true;
 #define UNROLL _Pragma("GCC unroll 12")
 constexpr bool GPU = false;
 
-// to += w g, both V adjacent numbers. Of a loop GCC would make V steps.
+// to += w g, both V adjacent numbers, in one step: of a plain loop GCC would make V.
 template <int V, class A> inline void add(A* to, A w, const A* g) {
   typedef A Vector __attribute__((vector_size(V * sizeof(A)), aligned(sizeof(A)), may_alias));
   *reinterpret_cast<Vector*>(to) += w * *reinterpret_cast<const Vector*>(g);
@@ -82,7 +82,7 @@ template <class S, class A> SHARED Place<A> locate(const Query<S, A>& q, const A
   UNROLL for (int axis = 0; axis < 3; axis++) {
     const A p = point[axis] * q.pixels + A(q.T - 1) / 2;
     const bool near = p >= -1 && p < q.T;   // and not NaN
-    const A low = near ? std::floor(p) : -2;
+    const A low = near ? std::floor(p) : -2;   // then this pixel and the next one are outside
     place.low[axis] = int(low);
     place.beyond[axis] = near ? p - low : 0;
   }
@@ -154,8 +154,8 @@ SHARED void scatter(const Query<S, A>& q, int64_t b, const Place<A>& place, int 
 }
 
 // ... and to the gradient of the point, g_point.
-template <int V, class S, class A>
-SHARED void scatter(const Query<S, A>& q, int64_t b, const Place<A>& place, int c, const Pack<A, V>& g, A* g_point) {
+template <int V, class S, class A> SHARED void
+point_gradient(const Query<S, A>& q, int64_t b, const Place<A>& place, int c, const Pack<A, V>& g, A* g_point) {
   UNROLL for (int i = 0; i < 12; i++) {
     const Corner<A> at = corner(place, i, q.T);
     READ;
@@ -168,7 +168,7 @@ SHARED void scatter(const Query<S, A>& q, int64_t b, const Place<A>& place, int 
 
 #ifdef __CUDACC__
 // ---------------------------------------------------------------------------------------------------------------------
-// GPU. Lookup: neighbouring threads, its lanes, share a point; each has V channels (16 bytes of them) at a time.
+// GPU. Lookup: neighbouring threads share a point, as its lanes; each has V channels at a time, 16 bytes of the planes.
 
 template <int V, class S> __global__ void lookup_forward(Query<S, float> q) {
   const int64_t n = int64_t(blockIdx.x) * blockDim.y + threadIdx.y, b = blockIdx.y, at = b * q.N + n;
@@ -184,7 +184,7 @@ __device__ void scatter_lane(const Query<S, float>& q, int64_t b, int64_t n, int
   const Place<float> place = locate(q, q.points + (b * q.N + n) * 3);
   const Pack<float, V> here = pack<V>(g);
   UNROLL for (int i = 0; i < 12; i++) scatter<V>(q, b, place, i, c, here);
-  scatter<V>(q, b, place, c, here, g_point);
+  point_gradient<V>(q, b, place, c, here, g_point);
 }
 
 // The lanes of a point (a power of two, at most 32) add up their parts of its gradient.
@@ -205,7 +205,7 @@ template <int V, class S> __global__ void lookup_backward(Query<S, float> q) {
 }
 
 // With the decoder a block looks a tile of points up in the same way, into shared memory. Rows of the tile are a little
-// longer than WIDTH, so that they start in different banks.
+// longer than WIDTH (those of hidden units than HIDDEN), so that they start in different banks.
 constexpr int THREADS = 128, WIDTH = 32, ROW = WIDTH + 4;
 typedef Decoder<float, WIDTH> Weights;
 
@@ -291,6 +291,7 @@ template <int V, class S> __global__ void __launch_bounds__(THREADS) query_backw
     pack<PART>(feature[point] + first) = g_feature;
     __syncthreads();
     for (int i = threadIdx.x; i < TILE * LANES; i += THREADS) {   // lanes share a point again
+      static_assert(TILE * LANES % THREADS == 0, "write_point needs all threads of a warp");
       const int p = i / LANES, c = i % LANES * V;
       float g_point[3] = {};
       if (start + p < q.N && c < q.C) scatter_lane<V>(q, b, start + p, c, &feature[p][c], g_point);
@@ -325,7 +326,7 @@ template <class S> const char* run(const Query<S, float>& q, int64_t context) {
                        (uintptr_t(p.data) | uintptr_t(q.grad) | uintptr_t(q.out)) % 16 == 0;
   if (aligned) launch(std::integral_constant<int, WIDE>());
   else launch(std::integral_constant<int, 1>());
-  const cudaError_t error = cudaGetLastError();
+  const cudaError_t error = cudaGetLastError();   // of the launch; faults while it runs are found by later calls
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
@@ -369,7 +370,7 @@ template <class S, class A> void feature_at(const Query<S, A>& q, int64_t b, int
 template <class S, class A> void point_backward(const Query<S, A>& q, int64_t b, int64_t n, A* g) {
   const int64_t at = (b * q.N + n) * 3;
   const Place<A> place = locate(q, q.points + at);
-  each_block(0, q.C, [&](auto V, int c) { scatter<V()>(q, b, place, c, pack<V()>(g + c), q.grad_points + at); });
+  each_block(0, q.C, [&](auto V, int c) { point_gradient<V()>(q, b, place, c, pack<V()>(g + c), q.grad_points + at); });
 }
 
 // Channels [low, high) of a plane's gradient, by points [first, first + n) of an image, whose features have gradients g.

@@ -94,7 +94,7 @@ class AblateOptions:
     seeds: int = tdgp.opt(3, "runs of each variant, with --seed 0, 1, ...")
     out: str = tdgp.opt("", "folder of all (empty: runs/ablate-<experiment>)")
     options: str = tdgp.opt("", "options of 3dgp.py for all runs, as in --options='--kimg 8'")
-    metrics: str = tdgp.opt("fid1k,nfs64", "of tools/evaluate.py, at the end of each run")
+    metrics: str = tdgp.opt("fid1k,pr1k,nfs64", "of tools/evaluate.py, at the end of each run")
     detectors: str = tdgp.opt("area8", "of tools/evaluate.py, for these metrics; separated by blanks")
 
 

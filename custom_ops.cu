@@ -7,7 +7,7 @@
 // PyTorch's grid_sample takes channels first: neighbouring channels of a pixel lie T² numbers apart, the results of all
 // planes are written before they are averaged, and the backward adds channel by channel. Here a corner of a cell is one
 // run of C numbers, which neighbouring threads (GPU) or vector lanes (CPU) read together, and nothing but the result is
-// written. The backward computes features and hidden units again: nobody keeps them in between.
+// written. The backward computes features and hidden units again; they are not kept.
 //
 // 3dgp.py checks, allocates and calls by plain C pointers: without a header of PyTorch this compiles in seconds.
 // Sums are float32 whatever the planes are (float64 for float64, which is for tests).

@@ -173,7 +173,7 @@ SHORT = dict(
     patch_resolution=32, triplane_resolution=64, triplane_features=16, channel_max=64, adaptor_channels=16,
     z_dim=64, w_dim=64, mapping_lr_mult=0.1, camera_lr_mult=1.0, camera_reg_units="range",
     camera_reg_weights=(10.0, 3.0, 2.5, 0.25), camera_reg_kimg=2, density_noise_kimg=2, blur_sigma=2.0,
-    blur_kimg=1, batch_size=8, loss="relativistic", g_lr=0.006, d_lr=0.0045, lr_decay=0.5, r1_gamma=0.5,
+    blur_kimg=1, batch_size=8, loss="relativistic", g_lr=0.006, d_lr=0.0045, lr_decay=0.2, r1_gamma=0.5,
     metrics="fid1k,nfs64", detector="area8", reals=1024, workers=1, patch_kimg=50,
 )
 PRESETS = {
@@ -183,7 +183,7 @@ PRESETS = {
     ),
     "small": dict(
         SHORT, resolution=64, channel_base=2048, coarse_samples=12, fine_samples=12, ema_kimg=4, kimg=92,
-        camera_reg_weights=(5.0, 3.0, 2.5, 0.25), lr_decay=0.2, snapshot_kimg=10, log_kimg=1, metrics_kimg=10,
+        camera_reg_weights=(5.0, 3.0, 2.5, 0.25), snapshot_kimg=10, log_kimg=1, metrics_kimg=10,
     ),
     "base": {},
     "imagenet": dict(channel_base=65536, channel_max=1024),

@@ -256,8 +256,8 @@ def train_seed(cfg):
     return cfg.seed + 2**32 * len(cfg.recoveries)
 
 
-def seed_draws(seed, step, phase, number):
-    """Draws from here on are a function of these four alone: resuming changes none."""
+def seed_draws(seed, step, phase, number=0):
+    """Draws are a function of these four from here on: resuming changes none. Step -1: not of training"""
     entropy = [seed, step + 1, int.from_bytes(phase.encode(), "little"), number]
     state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)
     torch.manual_seed(int(state[0] >> 1))
@@ -573,19 +573,19 @@ class ShapesData:
         """What rays (N, 3) from origin (3,) meet -> color (N, 3) in [0, 1], depth (N,) in world units"""
         # About half as high as the picture, and turned about the vertical; a torus shows its hole.
         size = 0.5 * math.tan(math.radians(fov / 2)) * rng.uniform(0.85, 1.15)
-        center = np.array([rng.uniform(-0.05, 0.05), self.GROUND + size, rng.uniform(-0.05, 0.05)])
+        center = [rng.uniform(-0.05, 0.05), self.GROUND + size, rng.uniform(-0.05, 0.05)]
         outside = functools.partial(signed_distance, SOLIDS[label])
         angle = rng.uniform(-1, 1) * (0.6 if SOLIDS[label] == "torus" else math.pi)
         sin, cos = math.sin(angle), math.cos(angle)
         turn = np.array([[cos, 0, sin], [0, 1, 0], [-sin, 0, cos]])
         # Checkered ground with a shadow, in fog that at `far` is the sky.
         up = np.clip(rays[:, 1:2] * 1.5 + 0.75, 0, 1)
-        sky = np.array([0.78, 0.86, 0.93]) - up * np.array([0.42, 0.31, 0.08])
+        sky = [0.78, 0.86, 0.93] - up * [0.42, 0.31, 0.08]
         depth = np.minimum((self.GROUND - origin[1]) / np.minimum(rays[:, 1], -1e-6), self.cfg.far)
         xz = origin[::2] + depth[:, None] * rays[:, ::2]
         checkers = np.floor(xz / 0.1).sum(1, keepdims=True) % 2
         shadow = np.exp(-((xz - center[::2]) ** 2).sum(1, keepdims=True) / size**2)
-        ground = (0.42 + 0.3 * checkers) * (1 - 0.55 * shadow) * np.array([1.0, 0.93, 0.82])
+        ground = (0.42 + 0.3 * checkers) * (1 - 0.55 * shadow) * [1.0, 0.93, 0.82]
         clear = 0.88 * self.cfg.far  # up to here
         fog = np.clip((depth[:, None] - clear) / (self.cfg.far - clear), 0, 1) ** 2
         color = ground + fog * (sky - ground)
@@ -603,9 +603,9 @@ class ShapesData:
         hit, points = hit[seen], points[seen]
         depth[hit] = t[seen] * size
         slopes = [outside(points + s) - outside(points - s) for s in 1e-3 * np.eye(3)]  # as the normal
-        shade = 0.4 + 0.6 * np.maximum(turn @ np.array([0, 0.8, 0.6]) @ slopes / 2e-3, 0)
+        shade = 0.4 + 0.6 * np.maximum(turn @ [0, 0.8, 0.6] @ slopes / 2e-3, 0)
         hue = label / len(SOLIDS) + rng.normal(0, 0.02)  # near the class's own
-        paint = np.array(colorsys.hsv_to_rgb(hue % 1, 0.85, 1))  # RGB
+        paint = colorsys.hsv_to_rgb(hue % 1, 0.85, 1)  # RGB
         tone = np.where(np.sin(7 * points[:, 1] + 1) > 0, 1.0, 0.55)  # bands
         color[hit] = (shade * tone)[:, None] * paint
         return color, depth
@@ -676,7 +676,7 @@ class MirroredData:
 def draw_batches(cfg, n, step, rank, world):
     """Endless batches of indices for this process from a step on, a function of seed and step: a resumed run
     sees what an undisturbed one would. Epochs are permutations of the n images and their mirror images."""
-    total = 2 * n if cfg.mirror else n
+    total = n * (1 + cfg.mirror)
     share = cfg.batch_size // world
 
     @functools.lru_cache(2)
@@ -733,7 +733,7 @@ GAIN = {leaky_relu: math.sqrt(2), F.softplus: 1.0, None: 1.0}
 
 
 class Linear(nn.Module):
-    """Equalised linear layer: weights of deviation 1 / lr_mult, scaled when used. (B, in) -> (B, out)"""
+    """Equalised: Adam trains weights of deviation 1 / lr_mult, used times lr_mult. (B, in) -> (B, out)"""
 
     def __init__(self, in_features, out_features, activation=None, lr_mult=1.0, bias_init=0.0):
         super().__init__()
@@ -765,7 +765,7 @@ class Conv2d(nn.Module):
     def forward(self, x):
         padding = self.weight.shape[2] // 2
         stride = self.down
-        if self.down == 2:  # the filter pads for the convolution too; for a 1x1 it also skips the pixels
+        if self.down == 2:  # low-pass, padded for both; before a 1x1 the filter itself skips pixels
             stride = 2 if padding else 1
             x = fir_filter(x, padding + 1, stride=2 // stride)
             padding = 0
@@ -776,7 +776,7 @@ class Conv2d(nn.Module):
 
 
 def fir_filter(x, padding, gain=1.0, stride=1):
-    """Separable low-pass [1, 3, 3, 1] / 8, zeros around. (B, C, H, W) -> (B, C, H+2p-3, W+2p-3) / stride"""
+    """Low-pass [1, 3, 3, 1] / 8 on both axes, zeros around: every stride-th of B, C, H+2p-3, W+2p-3 pixels"""
     taps = x.new_tensor([1.0, 3.0, 3.0, 1.0]) * (math.sqrt(gain) / 8)  # (4,)
     weight = (taps[:, None] * taps).expand(x.shape[1], 1, 4, 4)  # (C, 1, 4, 4)
     return F.conv2d(x, weight, None, stride, padding, groups=x.shape[1])
@@ -991,10 +991,10 @@ def sample_patch(cfg, n, kimg):
     groups = n // MBSTD_GROUP
     s_min = cfg.patch_resolution / cfg.resolution
     b = schedules(cfg, kimg)["patch_beta"]
-    beta = 1 - torch.rand(groups, dtype=torch.float64) ** (1 / b)  # by inversion
+    beta = 1 - torch.rand(groups, 1, dtype=torch.float64) ** (1 / b)  # by inversion
     scale = s_min + (1 - s_min) * beta
-    offset = torch.rand(groups, 2, dtype=torch.float64) * (1 - scale[:, None])
-    patch = torch.cat([scale[:, None], offset], 1).float()  # (groups, 3)
+    offset = torch.rand(groups, 2, dtype=torch.float64) * (1 - scale)
+    patch = torch.cat([scale, offset], 1).float()  # (groups, 3)
     return patch.repeat_interleave(MBSTD_GROUP, 0)
 
 
@@ -1007,17 +1007,17 @@ def extract_patch(image, patch, resolution):
 class CameraAdaptor(nn.Module):
     """One MLP of the camera generator: parameters, embeddings of z and class -> values before the sigmoid."""
 
-    def __init__(self, in_features, z_dim, num_classes, out_features, lr_mult):
+    def __init__(self, in_features, z_dim, num_classes, lr_mult):
         super().__init__()
         layer = functools.partial(Linear, activation=F.softplus, lr_mult=lr_mult)
         self.project_params = layer(in_features, 256)
         self.project_z = layer(z_dim, 16) if z_dim else None
         self.project_c = layer(num_classes, 16) if num_classes else None
         width = 256 + 16 * (bool(z_dim) + bool(num_classes))
-        self.main = nn.Sequential(layer(width, 256), Linear(256, out_features, lr_mult=lr_mult))
+        self.main = nn.Sequential(layer(width, 256), Linear(256, 4, lr_mult=lr_mult))
 
     def forward(self, params, z, c):
-        """(B, in), (B, z_dim), one-hot (B, num_classes) -> (B, out)"""
+        """(B, in), (B, z_dim), one-hot (B, num_classes) -> (B, 4)"""
         x = [self.project_params(params)]
         if self.project_z:
             x.append(normalize_2nd_moment(self.project_z(z)))
@@ -1033,8 +1033,8 @@ class CameraGenerator(nn.Module):
         super().__init__()
         self.num_classes = cfg.num_classes
         self.register_buffer("ranges", camera_ranges(cfg), persistent=False)
-        self.origin_adaptor = CameraAdaptor(4, 0, cfg.num_classes, 4, cfg.camera_lr_mult)
-        self.look_at_adaptor = CameraAdaptor(8, cfg.z_dim, cfg.num_classes, 4, cfg.camera_lr_mult)
+        self.origin_adaptor = CameraAdaptor(4, 0, cfg.num_classes, cfg.camera_lr_mult)
+        self.look_at_adaptor = CameraAdaptor(8, cfg.z_dim, cfg.num_classes, cfg.camera_lr_mult)
 
     def forward(self, prior, z, c):
         """Prior Camera (radius 1), z (B, z_dim), c int64 (B,) -> posterior Camera, in the prior's ranges"""
@@ -1065,7 +1065,7 @@ def emd_1d(a, b):
 
 def camera_gradient_penalty(camera_generator, prior, z, c):
     """The paper's regulariser: |g| + 1 / (|g| + 1e-4), g = d posterior_i / d prior_i, mean -> (6,)"""
-    parameters = camera_parameters(prior).detach().requires_grad_()
+    parameters = camera_parameters(prior).requires_grad_()
     posterior = camera_parameters(camera_generator(make_camera(parameters), z, c))
     diagonal = []
     for i, total in enumerate(posterior.sum(0)):
@@ -1148,7 +1148,7 @@ class TriplaneDecoder(nn.Module):
 def query_triplane(planes, points, box, decoder, fused):
     """`decoder(sample_triplane(planes, points, box))`, or fused, where `custom_ops` finds a library.
     planes (B, 3, C, T, T), points (B, N, 3) in world units -> rgb (B, N, 3), sigma_raw (B, N)"""
-    if not fused or planes.shape[2] > 32:  # more than custom_ops.cu decodes
+    if not (fused and custom_ops(planes.device.type)) or planes.shape[2] > 32:  # the most that it decodes
         return decoder(sample_triplane(planes, points, box))
     out = triplane(planes, points, box, decoder.packed())  # (B, N, 4)
     return out[..., :3], out[..., 3]
@@ -1288,8 +1288,8 @@ class DepthAdaptor(nn.Module):
     def forward(self, depth, choice):
         """depth (B, 1, H, W), candidate of each sample int64 (B,), on the CPU -> (B, 1, H, W)"""
         near = self.near + self.near_plane_offset_raw.sigmoid() * 0.25 * (self.far - self.near)
-        x = depth = 2 * (depth - (near + self.far) / 2) / (self.far - near)
-        candidates = [depth]
+        x = 2 * (depth - (near + self.far) / 2) / (self.far - near)
+        candidates = [x]
         for layer in self.layers:
             x = layer(x)
             candidates.append(self.head(x))
@@ -1337,9 +1337,8 @@ class Generator(nn.Module):
 
     def query(self, planes, origins, directions, depths):
         """At `depths` (B, R, S) on rays (B, R, 3): -> rgb (B, R, S, 3), sigma_raw (B, R, S)"""
-        points = origins[:, :, None] + depths[..., None] * directions[:, :, None]  # (B, R, S, 3)
-        fused = self.cfg.fused and custom_ops(planes.device.type)
-        rgb, sigma_raw = query_triplane(planes, points.flatten(1, 2), self.cfg.box, self.decoder, fused)
+        points = (origins[:, :, None] + depths[..., None] * directions[:, :, None]).flatten(1, 2)  # (B, N, 3)
+        rgb, sigma_raw = query_triplane(planes, points, self.cfg.box, self.decoder, self.cfg.fused)
         if self.training and self.density_noise > 0:
             sigma_raw = sigma_raw + self.density_noise * torch.randn_like(sigma_raw)
         return rgb.view(*depths.shape, 3), sigma_raw.view(depths.shape)
@@ -1384,7 +1383,7 @@ class Generator(nn.Module):
 def draw_latents(cfg, n, labels, phase=""):
     """n draws of z ~ N(0, I), a class out of labels (N,), a prior camera. A phase seeds torch: same draws."""
     if phase:
-        seed_draws(cfg.seed, -1, phase, 0)
+        seed_draws(cfg.seed, -1, phase)
     z = torch.randn(n, cfg.z_dim, device=labels.device)  # (n, z_dim)
     c = labels.new_zeros(n)
     if cfg.num_classes:
@@ -1429,7 +1428,7 @@ class PatchEncoder(nn.Module):
     def forward(self, values):
         x = values * 1000  # (B, 3)
         phase = x[..., None] * self.fourier_encoder.fourier_coefs  # (B, 3, 10)
-        embedded = self.const_embed(x.round().long().clamp(0, 1000))  # (B, 3, 256)
+        embedded = self.const_embed(x.round().long())  # (B, 3, 256)
         return torch.cat([phase.sin(), phase.cos(), embedded], -1).flatten(1)
 
 
@@ -1726,7 +1725,7 @@ def running_gaussian(parts):
 
 def real_parts(cfg, data, detector, device, reals):
     """Features (B, F) of this process's share of the data and its mirror image, or of `reals` fixed ones."""
-    total = len(data) * (2 if cfg.mirror else 1)
+    total = len(data) * (1 + cfg.mirror)
     order = np.random.default_rng(0).permutation(total)[: reals or total]
     batches = (order[i] for i in own_batches(len(order), "measuring data"))
     for batch in load_batches(data, cfg, batches):
@@ -1740,12 +1739,12 @@ def measure_samples(G, labels, detector, n, n_flat):
     z, c, prior = draw_latents(cfg, max(n, n_flat), labels, "evaluate")
     front = prior._replace(yaw=0 * prior.yaw, pitch=0 * prior.pitch + math.pi / 2)
 
-    def render(n, prior, cut):
-        """n samples from posteriors of prior cameras; noise inputs are random, but always the same."""
-        for i in own_batches(n, "measuring depth" if cut else "measuring samples"):
+    def render(count, cameras, cut):
+        """The first `count` samples by posteriors of `cameras`, in batches; noise: random, always the same"""
+        for i in own_batches(count, "measuring depth" if cut else "measuring samples"):
             seed_draws(cfg.seed, -1, "noise", int(i[0]))
             planes = G.backbone(G.mapping(z[i], c[i]), noise="random")
-            yield G.render(planes, G.pose(rows(prior, i), z[i], c[i]), cfg.resolution, cut=cut)
+            yield G.render(planes, G.pose(rows(cameras, i), z[i], c[i]), cfg.resolution, cut=cut)
 
     features = []
     for image, depth in render(n, prior, cut=False):
@@ -1796,7 +1795,7 @@ class Run:
 
 def build(cfg, device):
     """Everything that a run trains, the same in every process. -> {name: module or optimiser}"""
-    seed_draws(cfg.seed, -1, "init", 0)
+    seed_draws(cfg.seed, -1, "init")
     G = Generator(cfg).to(device)
     D = Discriminator(cfg).to(device)
     G_ema = copy.deepcopy(G).eval().requires_grad_(False)
@@ -1821,15 +1820,15 @@ class Averages(dict):
         return means
 
 
-def generator_pass(run, real, c_real, patch, number, weight, stats):
+def generator_pass(run, real, c_real, patch, pass_number, weight, stats):
     """Gradients of G, and of D on what G makes: one pass of a sample through each network serves both losses.
-    real, c_real: what samples are paired with; weight: share of the process's images; number: of this pass in
-    the whole batch, for its draws. -> sum of w (w_dim,), what the scores of photographs are compared with"""
+    real, c_real: what samples are paired with; weight: share of the process's images; pass_number:
+    in the whole batch, for draws. -> sum of w (w_dim,), what the scores of photographs are compared with"""
     cfg = run.cfg
     sigma = schedules(cfg, run.kimg)["blur_sigma"]
     paired = cfg.loss == "relativistic"
     r2_due = paired and run.step % cfg.r1_interval == 0
-    seed_draws(train_seed(cfg), run.step, "generator", number)
+    seed_draws(train_seed(cfg), run.step, "generator", pass_number)
     z, c, prior = draw_latents(cfg, len(patch), run.labels)  # (B, z_dim), (B,), Camera of B
     c = c_real if paired else c
     choice = sample_adaptor_choice(cfg, len(z), run.kimg)  # (B,)
@@ -1843,7 +1842,7 @@ def generator_pass(run, real, c_real, patch, number, weight, stats):
         with torch.no_grad(), autocast(cfg, z.device):
             rival, _ = run.D(photo, c, patch)  # (B,)
 
-    # D's graph begins at the image: D's own loss does not reach G, and G's, by `grad` alone, not D's weights.
+    # D sees a copy cut off from G: loss_d ends there; of loss_g only the gradient at the image goes on, to G.
     seen = image.detach().requires_grad_()
     with autocast(cfg, z.device, not r2_due):
         score, _ = run.D(seen, c, patch)  # (B,)
@@ -1885,8 +1884,8 @@ def discriminator_pass(run, real, numbers, c, patch, rival, scale_mean, weight, 
 
 
 def average_gradients(module, extra):
-    """Averages a module's gradients (none counts as 0) and another tensor over processes, and sets those that
-    are not finite to 0 or ±1e5. -> their share, the mean of extra"""
+    """Averages a module's gradients (none counts as 0) over processes; what is not finite becomes 0 or ±1e5.
+    `extra`, a tensor, travels in the same vector. -> the share that was not finite, the mean of extra"""
     params = list(module.parameters())
     parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in params] + [extra]
     flat = mean_over_processes(torch.cat([t.flatten() for t in parts]))  # all in one vector
@@ -1906,12 +1905,12 @@ def training_step(run, batch, stats):
     c = batch["label"].to(real.device)  # (share,)
     numbers = batch["number"]
     share = cfg.batch_size // WORLD
-    for adam in (run.opt_g, run.opt_d):  # by the options, not by those of a checkpoint
+    for adam in (run.opt_g, run.opt_d):  # a checkpoint brought its own options: back to the run's
         adam.param_groups[0].update(adam.defaults, lr=adam.defaults["lr"] * now["lr_factor"])
         adam.zero_grad()
 
     # Patches are shared by reals and fakes. Each process draws all: distillation needs the mean scale.
-    seed_draws(train_seed(cfg), run.step, "patches", 0)
+    seed_draws(train_seed(cfg), run.step, "patches")
     patches = sample_patch(cfg, cfg.batch_size, run.kimg)  # of the whole batch
     scale_mean = float(patches[:, 0].mean())
     patches = patches.split(share)[RANK].to(real.device)  # of this process
@@ -1922,13 +1921,13 @@ def training_step(run, batch, stats):
     weight = size / share
     w_sum = 0
     passes = [slice(first, first + size) for first in range(0, share, size)]
-    for number, part in enumerate(passes, RANK * len(passes)):
+    for pass_number, part in enumerate(passes, RANK * len(passes)):
         patch = patches[part]
-        w, rival = generator_pass(run, real[part], c[part], patch, number, weight, stats)
+        w, rival = generator_pass(run, real[part], c[part], patch, pass_number, weight, stats)
         discriminator_pass(run, real[part], numbers[part], c[part], patch, rival, scale_mean, weight, stats)
         w_sum = w_sum + w
     if G.camera_generator:
-        seed_draws(train_seed(cfg), run.step, "camera", 0)  # the same draws in every process
+        seed_draws(train_seed(cfg), run.step, "camera")  # the same draws in every process
         loss, log = camera_regularizer(G, run.kimg)
         loss.backward()
         stats.add(**log)
@@ -2222,6 +2221,7 @@ def train_until_trouble(cfg, state, stop, second):  # noqa: C901, PLR0915 (the l
 
 
 # ---- Pictures ----------------------------------------------------------------------------------------------
+# From tensors to arrays of bytes, and to the grids that a run writes: samples over depth, photographs too.
 
 
 def to_picture(rgb, depth=(), near=-1, far=1, dim=1):
@@ -2344,7 +2344,7 @@ def resolve(given):
     data = given.get("data", "shapes")
     if data and data not in DATA_PRESETS:
         given["data"] = data = os.path.realpath(data)
-    out = Path(given.get("out") or Path("runs", Path(data).stem))
+    out = Path(given.get("out") or Path("runs", Path(data).name.removesuffix(".zip")))
     resume = given.get("resume", "")
     if not resume or resume == "auto" and not checkpoints(out):
         taken = Path(out, "config.json").exists()  # by a run, or a start that was killed

@@ -3020,6 +3020,10 @@ def test_a_run_has_the_name_of_its_data(tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path / place)
         assert m.resolve({"data": data})[0].out == "runs/photos"
 
+    monkeypatch.chdir(tmp_path)
+    for data in ("photos.v2", "photos.v2.zip"):  # only the ending of an archive is none of its name
+        assert m.resolve({"data": data})[0].out == "runs/photos.v2"
+
 
 def test_resuming_is_no_way_round_a_mistake(tmp_path, capsys):
     out = train_micro(tmp_path / "run", kimg=0.016)

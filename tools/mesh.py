@@ -19,8 +19,7 @@ tdgp = importlib.import_module("3dgp")
 # ---- From a scene to points ------------------------------------------------------------------------------
 def query(G, planes, points):
     """One scene at points (N, 3) in world units. -> colours (N, 3), densities (N,) per world unit"""
-    fused = G.cfg.fused and tdgp.custom_ops(points.device.type)
-    rgb, sigma_raw = tdgp.query_triplane(planes, points[None], G.cfg.box, G.decoder, fused)
+    rgb, sigma_raw = tdgp.query_triplane(planes, points[None], G.cfg.box, G.decoder, G.cfg.fused)
     return rgb[0], F.softplus(sigma_raw[0])
 
 

@@ -776,7 +776,7 @@ class Conv2d(nn.Module):
 
 
 def fir_filter(x, padding, gain=1.0, stride=1):
-    """Low-pass [1, 3, 3, 1] / 8 on both axes, zeros around: every stride-th of B, C, H+2p-3, W+2p-3 pixels"""
+    """Separable low-pass [1, 3, 3, 1] / 8, zeros around; every stride-th pixel of (B, C, H+2p-3, W+2p-3)"""
     taps = x.new_tensor([1.0, 3.0, 3.0, 1.0]) * (math.sqrt(gain) / 8)  # (4,)
     weight = (taps[:, None] * taps).expand(x.shape[1], 1, 4, 4)  # (C, 1, 4, 4)
     return F.conv2d(x, weight, None, stride, padding, groups=x.shape[1])
@@ -1148,7 +1148,7 @@ class TriplaneDecoder(nn.Module):
 def query_triplane(planes, points, box, decoder, fused):
     """`decoder(sample_triplane(planes, points, box))`, or fused, where `custom_ops` finds a library.
     planes (B, 3, C, T, T), points (B, N, 3) in world units -> rgb (B, N, 3), sigma_raw (B, N)"""
-    if not (fused and custom_ops(planes.device.type)) or planes.shape[2] > 32:  # the most that it decodes
+    if not fused or planes.shape[2] > 32 or not custom_ops(planes.device.type):  # it decodes at most 32
         return decoder(sample_triplane(planes, points, box))
     out = triplane(planes, points, box, decoder.packed())  # (B, N, 4)
     return out[..., :3], out[..., 3]
@@ -1822,8 +1822,8 @@ class Averages(dict):
 
 def generator_pass(run, real, c_real, patch, pass_number, weight, stats):
     """Gradients of G, and of D on what G makes: one pass of a sample through each network serves both losses.
-    real, c_real: what samples are paired with; weight: share of the process's images; pass_number:
-    in the whole batch, for draws. -> sum of w (w_dim,), what the scores of photographs are compared with"""
+    real, c_real: what samples are paired with; weight: share of the process's images; pass_number, in the
+    whole batch: for draws. -> sum of w (w_dim,), what the scores of photographs are compared with"""
     cfg = run.cfg
     sigma = schedules(cfg, run.kimg)["blur_sigma"]
     paired = cfg.loss == "relativistic"

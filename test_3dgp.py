@@ -3021,7 +3021,7 @@ def test_a_run_has_the_name_of_its_data(tmp_path, monkeypatch):
         assert m.resolve({"data": data})[0].out == "runs/photos"
 
     monkeypatch.chdir(tmp_path)
-    for data in ("photos.v2", "photos.v2.zip"):  # only the ending of an archive is none of its name
+    for data in ("photos.v2", "photos.v2.zip"):  # an archive's ending is no part of its name
         assert m.resolve({"data": data})[0].out == "runs/photos.v2"
 
 

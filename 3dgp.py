@@ -158,7 +158,6 @@ class Config:
     guard: str = opt("on", "on divergence (see GUARD_... in the file) go back to a checkpoint", "on", "off")
     timeout: float = opt(600, "seconds after which a process that does not answer ends the run")
     recoveries: tuple[float, ...] = ()  # kimg of the checkpoints that were gone back to; the guard sets it
-    # output
     snapshot_kimg: float = opt(200, "write checkpoint and samples every so many kimg; the newest 8 stay")
     log_kimg: float = opt(4, "write a line of log.jsonl every so many kimg")
     metrics: str = opt("fid2k", "of fid, nfs, each with a number of images (fid50k,nfs256); empty: none")
@@ -783,9 +782,9 @@ def fir_filter(x, padding, gain=1.0, stride=1):
 
 
 def upsample(x):
-    """Zeros between the pixels, then the FIR with gain 4: bilinear. (B, C, H, W) -> (B, C, 2H, 2W)"""
-    x = F.pad(x, (1, 1, 1, 1))
-    return F.interpolate(x, scale_factor=2, mode="bilinear")[..., 2:-2, 2:-2]
+    """Zeros between pixels, then FIR with gain 4: bilinear, less at edges. (B, C, H, H) -> (B, C, 2H, 2H)"""
+    edge = F.pad(x.new_ones(2 * x.shape[2] - 2), (1, 1), value=0.75)  # (2H,): 1/4 falls on zeros outside
+    return F.interpolate(x, scale_factor=2, mode="bilinear").mul_(edge[:, None] * edge)
 
 
 def sample_triplane(planes, points, box):
@@ -892,7 +891,8 @@ class Triplane(torch.autograd.Function):
         call_custom_ops(planes, points, ctx.box, decoder, points.new_empty(0), grad, *grads)
         if len(decoder):
             grad_decoder[-4:] = grad.contiguous().sum((0, 1))  # of the last bias
-        return grad_planes.permute(0, 3, 4, 1, 2).to(planes.dtype), grad_points, None, grad_decoder
+        # Detached it is no view: so autograd adds the gradient of a second query to it in place.
+        return grad_planes.permute(0, 3, 4, 1, 2).detach().to(planes.dtype), grad_points, None, grad_decoder
 
 
 triplane = Triplane.apply  # (planes, points, box, decoder) -> (B, N, C) or (B, N, 4)
@@ -994,8 +994,7 @@ def sample_patch(cfg, n, kimg):
     beta = 1 - torch.rand(groups, 1, dtype=torch.float64) ** (1 / b)  # by inversion
     scale = s_min + (1 - s_min) * beta
     offset = torch.rand(groups, 2, dtype=torch.float64) * (1 - scale)
-    patch = torch.cat([scale, offset], 1).float()  # (groups, 3)
-    return patch.repeat_interleave(MBSTD_GROUP, 0)
+    return torch.cat([scale, offset], 1).float().repeat_interleave(MBSTD_GROUP, 0)
 
 
 def extract_patch(image, patch, resolution):
@@ -1054,8 +1053,7 @@ class CameraGenerator(nn.Module):
         # Roll stays 0 and the radius 1: two of the origin's outputs are not in the posterior.
         margin = low.new_tensor([0, 1e-5, 0, 0, 0, 0])  # pitch stays inside its range
         share = torch.cat([origin[:, :2], look_at], 1).sigmoid()  # (B, 6)
-        posterior = low + margin + share * (high - low - 2 * margin)  # (B, 6)
-        return make_camera(posterior)
+        return make_camera(low + margin + share * (high - low - 2 * margin))
 
 
 def emd_1d(a, b):
@@ -1201,14 +1199,15 @@ class SynthesisLayer(nn.Module):
             x = fir_filter(x, padding=1, gain=4)  # (B, out, 2H, 2W)
         else:
             x = F.conv2d(x, weight, padding=1)  # (B, out, H, W)
-        bias = self.bias[:, None, None]  # (out, 1, 1)
-        if noise == "random":
-            bias = bias + torch.randn(len(x), 1, *x.shape[2:], device=x.device) * self.noise_strength
-        elif noise == "const":
-            bias = bias + self.noise_const * self.noise_strength
-        # leaky_relu(x demodulation + bias) times the activation's gain, with the gain moved inside.
+        # leaky_relu(x demodulation + bias + noise) times the activation's gain, with the gain moved inside.
         gain = GAIN[leaky_relu]
-        return leaky_relu(torch.addcmul((bias * gain).to(x.dtype), x, (demodulation * gain).to(x.dtype)))
+        bias = (self.bias * gain)[:, None, None]  # (out, 1, 1)
+        x = torch.addcmul(bias.to(x.dtype), x, (demodulation * gain).to(x.dtype))
+        if noise == "random":
+            x += torch.randn_like(x[:, :1]) * (self.noise_strength * gain)
+        elif noise == "const":
+            x += self.noise_const * (self.noise_strength * gain)
+        return leaky_relu(x)
 
 
 class ToRGB(nn.Module):
@@ -1263,9 +1262,12 @@ class TriplaneBackbone(nn.ModuleDict):
 
     def forward(self, w, noise="const"):
         """w (B, w_dim); noise "const", "random" or "none" -> planes (B, 3, C, T, T)"""
+        *blocks, last = self.values()
         x = planes = None
-        for block in self.values():
+        for block in blocks:
             x, planes = block(x, planes, w, noise)
+        # In the largest maps a pixel's channels are adjacent, as in the planes: nothing has to be transposed.
+        _, planes = last(x.contiguous(memory_format=torch.channels_last), planes, w, noise)
         return planes.unflatten(1, (3, -1))
 
 
@@ -1814,10 +1816,8 @@ class Averages(dict):
 
     def result(self):
         """-> {name: number or list}, and begins anew"""
-        means = {}
-        for name in sorted(self):
-            means[name] = mean_over_processes(torch.stack(self.pop(name)).mean(0)).tolist()
-        return means
+        means = ((name, torch.stack(self.pop(name)).mean(0)) for name in sorted(self))
+        return {name: mean_over_processes(mean).tolist() for name, mean in means}
 
 
 def generator_pass(run, real, c_real, patch, pass_number, weight, stats):

@@ -1164,8 +1164,8 @@ DEVICES = ["cpu", pytest.param("cuda", marks=has_gpu)]
 
 
 def test_upsampling_is_zero_insertion_and_fir():
-    x = torch.randn(2, 3, 5, 7)
-    spread = torch.zeros(2, 3, 10, 14)
+    x = torch.randn(2, 3, 6, 6)
+    spread = torch.zeros(2, 3, 12, 12)
     spread[:, :, ::2, ::2] = x
     expected = m.fir_filter(F.pad(spread, (2, 1, 2, 1)), 0, gain=4)
     assert torch.allclose(m.upsample(x), expected, atol=1e-5)
@@ -1410,6 +1410,35 @@ def test_training_uses_the_fused_query(monkeypatch):
         images.append(image)
         assert len(calls) == 4  # two forward, two backward, and none of the second round
     assert_close(images[:1], images[1:])
+
+
+@compiles
+def test_gradients_of_two_queries_are_added_in_place(monkeypatch):
+    planes, points, decoder = query_inputs(16)
+    filled, arrived = [], []  # addresses of gradients of planes
+    call_custom_ops = m.call_custom_ops
+
+    def watched(*args):
+        filled.extend(grad_planes.data_ptr() for grad_planes in args[6:7])  # none in a forward pass
+        return call_custom_ops(*args)
+
+    monkeypatch.setattr(m, "call_custom_ops", watched)
+    doubled = 2 * planes
+    doubled.register_hook(lambda grad: arrived.append(grad.data_ptr()))
+    coarse, fine = (query(doubled, points, decoder, True) for _ in range(2))
+    (coarse + fine).sum().backward()
+    assert len(filled) == 2 and len(arrived) == 1
+    assert arrived[0] in filled
+
+
+def test_planes_and_the_largest_maps_have_a_pixels_channels_adjacent():
+    backbone = m.TriplaneBackbone(micro())
+    *_, last = backbone.values()
+    maps = []
+    last.conv1.register_forward_hook(lambda layer, inputs, out: maps.append(out))
+    planes = backbone(torch.randn(2, micro().w_dim))
+    assert planes.permute(0, 3, 4, 1, 2).is_contiguous()
+    assert maps[0].is_contiguous(memory_format=torch.channels_last)
 
 
 # A program that says how long threads are to spin when PyTorch is imported, and ends there.

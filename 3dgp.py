@@ -777,14 +777,14 @@ class Conv2d(nn.Module):
 def fir_filter(x, padding, gain=1.0, stride=1):
     """Separable low-pass [1, 3, 3, 1] / 8, zeros around; every stride-th pixel of (B, C, H+2p-3, W+2p-3)"""
     taps = x.new_tensor([1.0, 3.0, 3.0, 1.0]) * (math.sqrt(gain) / 8)  # (4,)
-    weight = (taps[:, None] * taps).expand(x.shape[1], 1, 4, 4)  # (C, 1, 4, 4)
+    weight = taps.outer(taps).expand(x.shape[1], 1, 4, 4)  # (C, 1, 4, 4)
     return F.conv2d(x, weight, None, stride, padding, groups=x.shape[1])
 
 
 def upsample(x):
     """Zeros between pixels, then FIR with gain 4: bilinear, less at edges. (B, C, H, H) -> (B, C, 2H, 2H)"""
     edge = F.pad(x.new_ones(2 * x.shape[2] - 2), (1, 1), value=0.75)  # (2H,): 1/4 falls on zeros outside
-    return F.interpolate(x, scale_factor=2, mode="bilinear").mul_(edge[:, None] * edge)
+    return F.interpolate(x, scale_factor=2, mode="bilinear").mul_(edge.outer(edge))
 
 
 def sample_triplane(planes, points, box):

@@ -4087,10 +4087,10 @@ def start_preparation(rank, *argv, world=2, stdout=subprocess.DEVNULL):
 
 
 def stop_session(leader):
-    """SIGSTOP to a session, and wait until all of it stands: a running process goes on for a moment."""
+    """SIGSTOP to a session, and wait until all of it stands (T), or has ended and nobody asked how (Z)."""
     os.killpg(leader.pid, signal.SIGSTOP)
     states = ["ps", "-o", "stat=", "-s", str(leader.pid)]
-    wait_for(lambda: all(state[0] == "T" for state in subprocess.check_output(states, text=True).split()))
+    wait_for(lambda: all(state[0] in "TZ" for state in subprocess.check_output(states, text=True).split()))
 
 
 def many_photographs(folder):

@@ -783,6 +783,7 @@ def fir_filter(x, padding, gain=1.0, stride=1):
 
 def upsample(x):
     """Zeros between pixels, then FIR with gain 4: bilinear, less at edges. (B, C, H, H) -> (B, C, 2H, 2H)"""
+    x = x.clone(memory_format=torch.channels_last)  # one image's sum of skips does not pass for that
     edge = F.pad(x.new_ones(2 * x.shape[2] - 2), (1, 1), value=0.75)  # (2H,): 1/4 falls on zeros outside
     return F.interpolate(x, scale_factor=2, mode="bilinear").mul_(edge.outer(edge))
 
@@ -1593,7 +1594,6 @@ def camera_regularizer(G, kimg):
     every_class = torch.arange(cfg.num_classes, device=ranges.device)  # alike, whatever their frequencies
     z, c, prior = draw_latents(cfg, 256, every_class)  # (256, z_dim), (256,), Camera of 256
     parameters = camera_parameters(G.camera_generator(prior, z, c))  # (256, 6)
-
     center = (parameters[:, :2].mean(0) - ranges[:2].mean(1)).norm()  # scalar
     loss = cfg.camera_center * center  # the mean direction stays in the middle of the prior
 

@@ -140,7 +140,7 @@ class Config:
     blur_kimg: float = opt(200, "the blur falls to 0 over this")
     density_noise: float = opt(1.0, "standard deviation of the noise on densities at the start")
     density_noise_kimg: float = opt(5_000, "the density noise falls to 0 over this")
-    # optimisation
+    # optimisation; last, what is written and measured
     loss: str = opt("nonsaturating", "of each score, or of pairs (R3GAN)", "nonsaturating", "relativistic")
     kimg: float = opt(25_000, "length of the run in thousands of images")
     batch_size: int = opt(64, "images per step, over all processes")
